@@ -1,0 +1,67 @@
+"""The modules' structure apart from their arrays: shapes for loading, graph definitions for compiled steps.
+
+NNX modules cost far more than plain leaves at the boundary of `jax.jit`, so the engine passes lists of leaves and
+merges them back into a module while tracing.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import jax
+from flax import nnx
+
+from ef_jax.nn.decoder import DecoderLayer, TokenEnds
+from ef_jax.spec import ModelSpec
+
+_M = TypeVar("_M", bound=nnx.Module)
+
+
+def layer_definition(
+    spec: ModelSpec, ffn: Literal["moe", "dense"]
+) -> tuple[nnx.GraphDef[DecoderLayer], tuple[str, ...]]:
+    """A layer's structure and its leaves' paths (`attn.qkv_proj.weight`), in the order `merge_layer` takes them."""
+    graphdef, shapes = _layer(spec, ffn)
+    return graphdef, tuple(shapes)
+
+
+def top_definition(spec: ModelSpec) -> tuple[nnx.GraphDef[TokenEnds], tuple[str, ...]]:
+    """The same for embedding, final norm and head, merged back by `merge_top`."""
+    graphdef, shapes = _top(spec)
+    return graphdef, tuple(shapes)
+
+
+def merge_layer(graphdef: nnx.GraphDef[DecoderLayer], leaves: Sequence[jax.Array]) -> DecoderLayer:
+    """The layer over these arrays, given in `layer_definition`'s order; for use while tracing."""
+    return nnx.graph.unflatten(graphdef, list(leaves))
+
+
+def merge_top(graphdef: nnx.GraphDef[TokenEnds], leaves: Sequence[jax.Array]) -> TokenEnds:
+    """Embedding, final norm and head over these arrays, given in `top_definition`'s order."""
+    return nnx.graph.unflatten(graphdef, list(leaves))
+
+
+def dense_shapes(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every array but the routed experts, in model order. Nothing is allocated."""
+    top = _top(spec)[1]
+    shapes = {"embed.weight": top["embed.weight"]}
+    for index, layer in enumerate(spec.layers):
+        shapes |= {f"layers.{index}.{path}": shape for path, shape in _layer(spec, layer.ffn)[1].items()}
+    return shapes | {path: top[path] for path in ("norm.weight", "head.weight") if path in top}
+
+
+@functools.lru_cache(maxsize=16)
+def _layer(
+    spec: ModelSpec, ffn: Literal["moe", "dense"]
+) -> tuple[nnx.GraphDef[DecoderLayer], dict[str, jax.ShapeDtypeStruct]]:
+    return _define(lambda: DecoderLayer(spec, ffn, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def _top(spec: ModelSpec) -> tuple[nnx.GraphDef[TokenEnds], dict[str, jax.ShapeDtypeStruct]]:
+    return _define(lambda: TokenEnds(spec, rngs=nnx.Rngs(0)))
+
+
+def _define(build: Callable[[], _M]) -> tuple[nnx.GraphDef[_M], dict[str, jax.ShapeDtypeStruct]]:
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return graphdef, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

@@ -1,0 +1,42 @@
+"""Gated feed-forward networks over one packed block: gate, up and transposed down, `[3, F, D]`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ef_jax.nn.linear import MIN_ROWS, Linear, matmul_f32, normal_param
+from ef_jax.spec import Activation, ModelSpec
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def ffn(x: Float[Array, "M D"], block: Float[Array, "3 F D"], activation: Activation) -> Float[Array, "M D"]:
+    """`down(act(gate(x)) * up(x))` in x's dtype; float32 inside, the product rounded once before `down`."""
+    rows, width = x.shape[0], block.shape[1]
+    if x.dtype.itemsize == 2 and rows < MIN_ROWS:
+        x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
+    gate_up = matmul_f32(x, block[:2].reshape(2 * width, -1))
+    hidden = (ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]).astype(x.dtype)
+    return jnp.matmul(hidden, block[2], preferred_element_type=jnp.float32)[:rows].astype(x.dtype)
+
+
+class GatedFFN(nnx.Module):
+    """A dense layer's network or a shared expert; `gated`: the output is scaled by a sigmoid of the input."""
+
+    def __init__(self, spec: ModelSpec, width: int, *, gated: bool = False, rngs: nnx.Rngs):
+        dtype = jnp.dtype(spec.dtype)
+        self.activation = spec.experts.activation
+        self.block = normal_param((3, width, spec.hidden), dtype, rngs)
+        self.gate = Linear(spec.hidden, 1, dtype=dtype, rngs=rngs) if gated else None
+
+    def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        out = ffn(h.reshape(-1, h.shape[-1]), self.block[...], self.activation).reshape(h.shape)
+        return out if self.gate is None else jax.nn.sigmoid(self.gate(h)) * out

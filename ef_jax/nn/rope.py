@@ -1,0 +1,83 @@
+"""Rotary position embedding and its context-stretching variants, computed as transformers computes them."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from ef_jax.spec import RopeSpec
+
+
+def rope_frequencies(spec: RopeSpec) -> tuple[np.ndarray, float]:
+    """Inverse frequencies, float32 `[dim / 2]` in radians a position, and the factor on cos and sin."""
+    exponents = np.arange(0, spec.dim, 2, dtype=np.float32) / np.float32(spec.dim)
+    frequencies = (np.float32(1) / np.float32(spec.theta) ** exponents).astype(np.float32)
+    if spec.kind == "linear":
+        return frequencies / np.float32(spec.factor), 1.0
+    if spec.kind == "yarn":
+        return _yarn(spec, frequencies), _yarn_attention_factor(spec)
+    if spec.kind == "llama3":
+        return _llama3(spec, frequencies), 1.0
+    return frequencies, 1.0
+
+
+def rope_tables(
+    spec: RopeSpec, positions: Int32[Array, "*rows"]
+) -> tuple[Float32[Array, "*rows half"], Float32[Array, "*rows half"]]:
+    """Cosine and sine for each position, float32; the two halves of a head share them."""
+    frequencies, factor = rope_frequencies(spec)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(
+    x: Float[Array, "B T H hd"], cos: Float32[Array, "B T half"], sin: Float32[Array, "B T half"]
+) -> Float[Array, "B T H hd"]:
+    """Rotate the pairs `(x[i], x[i + hd/2])` of every head; cos and sin are rounded to x's dtype first."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos = cos.astype(x.dtype)[:, :, None]
+    sin = sin.astype(x.dtype)[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _yarn(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): interpolate the slow dimensions, keep the fast ones, ramp between."""
+    context = spec.original_max_position
+    if context is None:
+        raise ValueError("yarn needs original_max_position")  # RopeSpec has already refused it
+
+    def dimension(rotations: float) -> float:
+        return spec.dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.dim - 1)
+    high = high + 0.001 if low == high else high
+    ramp = np.clip((np.arange(spec.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    keep = (1 - ramp).astype(np.float32)
+    return (frequencies / np.float32(spec.factor) * (1 - keep) + frequencies * keep).astype(np.float32)
+
+
+def _yarn_attention_factor(spec: RopeSpec) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if spec.factor <= 1 else 0.1 * mscale * math.log(spec.factor) + 1.0
+
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return scale(spec.mscale) / scale(spec.mscale_all_dim)
+    return scale(1.0)
+
+
+def _llama3(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
+    """Llama 3.1: divide long wavelengths by the factor, keep short ones, interpolate between."""
+    context = spec.original_max_position
+    if context is None:
+        raise ValueError("llama3 needs original_max_position")  # RopeSpec has already refused it
+    wavelength = 2 * math.pi / frequencies
+    smooth = (context / wavelength - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    middle = (1 - smooth) * frequencies / spec.factor + smooth * frequencies
+    stretched = np.where(wavelength > context / spec.low_freq_factor, frequencies / spec.factor, middle)
+    return np.where(wavelength < context / spec.high_freq_factor, frequencies, stretched).astype(np.float32)

@@ -1,0 +1,92 @@
+"""Which K experts each token goes to, and with which weights, for every router that `RouterSpec` describes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from ef_jax.errors import UnsupportedError
+from ef_jax.nn.linear import linear, normal_param
+from ef_jax.spec import ModelSpec, RouterGroups, RouterSpec
+
+
+def router_logits(
+    x: Float[Array, "*rows D"],
+    weight: Float[Array, "E D"],
+    bias: Float[Array, " E"] | None,
+    spec: RouterSpec,
+) -> Float[Array, "*rows E"]:
+    """Router logits: in x's dtype, or wholly in float32 where the spec says "f32"."""
+    if spec.dtype == "f32":
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return linear(x, weight, bias)
+
+
+def route(
+    logits: Float[Array, "*rows E"],
+    spec: RouterSpec,
+    top_k: int,
+    select_bias: Float32[Array, " E"] | None = None,
+) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
+    """Expert ids, best first (equal scores: the lower id first), and their weights.
+
+    Scores are float32. Weights come back in the logits' dtype where `spec.dtype` is "model", else in float32.
+    """
+    raw = logits.astype(jnp.float32)
+    if spec.order == "topk_then_score":
+        chosen, ids = jax.lax.top_k(raw, top_k)
+        weights = _score(chosen, spec)
+    else:
+        scores = _score(raw, spec)
+        choice = scores if select_bias is None else scores + select_bias
+        if spec.groups is not None:
+            choice = _limit_to_groups(choice, spec.groups)
+        weights, ids = jax.lax.top_k(choice, top_k)
+        if choice is not scores:
+            weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if spec.normalize is not None:
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if spec.normalize.minimum is not None:
+            total = jnp.maximum(total, spec.normalize.minimum)
+        weights = weights / (total + spec.normalize.eps)
+    if spec.scale != 1.0:
+        weights = weights * spec.scale
+    return ids.astype(jnp.int32), weights.astype(logits.dtype) if spec.dtype == "model" else weights
+
+
+def _score(logits: Float32[Array, "*rows E"], spec: RouterSpec) -> Float32[Array, "*rows E"]:
+    if spec.score == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    if spec.score == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _limit_to_groups(choice: Float32[Array, "*rows E"], groups: RouterGroups) -> Float32[Array, "*rows E"]:
+    """Scores with every expert outside the best `groups.keep` groups set to `groups.mask`."""
+    grouped = choice.reshape(*choice.shape[:-1], groups.count, -1)
+    best = jax.lax.top_k(grouped, 1 if groups.score == "max" else min(2, grouped.shape[-1]))[0].sum(axis=-1)
+    kept = jax.lax.top_k(best, groups.keep)[1]
+    keep = jnp.any(kept[..., None] == jnp.arange(groups.count), axis=-2)
+    return jnp.where(keep[..., None], grouped, groups.mask).reshape(choice.shape)
+
+
+class Router(nnx.Module):
+    """`weight` [E, D] and, where the spec has them, `bias` [E] and `select_bias` float32 [E]."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        experts, router, dtype = spec.experts.count, spec.router, jnp.dtype(spec.dtype)
+        if router.groups is not None and experts % router.groups.count:
+            raise UnsupportedError(f"{experts} experts cannot be split into {router.groups.count} equal router groups")
+        self.spec = router
+        self.top_k = spec.experts.top_k
+        self.weight = normal_param((experts, spec.hidden), dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros((experts,), dtype)) if router.bias else None
+        self.select_bias = nnx.Param(jnp.zeros((experts,), jnp.float32)) if router.select_bias else None
+
+    def __call__(self, h: Float[Array, "*rows D"]) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
+        """Expert ids and weights of normed hidden states."""
+        bias = None if self.bias is None else self.bias[...]
+        select_bias = None if self.select_bias is None else self.select_bias[...]
+        logits = router_logits(h, self.weight[...], bias, self.spec)
+        return route(logits, self.spec, self.top_k, select_bias)
