@@ -72,7 +72,7 @@ def _attend_block(
     rows = rows.reshape(batch, kv_heads, tokens * group, width)
     scores = jnp.einsum("bnrd,bcnd->bnrc", rows, k, preferred_element_type=jnp.float32) * width**-0.5
 
-    keys = jnp.arange(context, dtype=jnp.int32)
+    keys = jnp.arange(context, dtype=jnp.int32)[None, None]
     query = positions[..., None]
     visible = (keys <= query) & (keys > query - window)  # [B, T, C]
     visible = jnp.repeat(visible, group, axis=1)[:, None]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from ef_jax.errors import UnsupportedError
 from ef_jax.nn.attention import Attention
 from ef_jax.nn.ffn import GatedFFN
 from ef_jax.nn.linear import Linear, matmul_f32, normal_param
@@ -27,17 +28,13 @@ class DecoderLayer(nnx.Module):
         self.attn_norm = RMSNorm(spec.hidden, spec.norm_eps, dtype)
         self.attn = Attention(spec, rngs=rngs)
         self.ffn_norm = RMSNorm(spec.hidden, spec.norm_eps, dtype)
-        self.router: Router | None = None
-        self.shared: GatedFFN | None = None
-        self.mlp: GatedFFN | None = None
-        if ffn == "dense":
-            if spec.dense_width is None:
-                raise ValueError("a dense layer needs spec.dense_width")
-            self.mlp = GatedFFN(spec, spec.dense_width, rngs=rngs)
-            return
-        self.router = Router(spec, rngs=rngs)
-        if spec.shared is not None:
-            self.shared = GatedFFN(spec, spec.shared.width, gated=spec.shared.gated, rngs=rngs)
+        moe, shared = ffn == "moe", spec.shared
+        if not moe and spec.dense_width is None:
+            raise UnsupportedError("a dense layer needs a dense_width in its spec, got None")
+        # One assignment each: NNX takes an attribute for an array holder or not by its first value.
+        self.router = Router(spec, rngs=rngs) if moe else None
+        self.shared = GatedFFN(spec, shared.width, gated=shared.gated, rngs=rngs) if moe and shared else None
+        self.mlp = GatedFFN(spec, spec.dense_width, rngs=rngs) if spec.dense_width and not moe else None
 
     def attend(
         self,

@@ -31,8 +31,13 @@ def linear(
     """`x @ weight.T + bias` in x's dtype, rounded once from float32."""
     y = matmul_f32(x, weight)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + along_last(bias.astype(jnp.float32), y)
     return y.astype(x.dtype)
+
+
+def along_last(vector: Float[Array, " N"], like: Array) -> Float[Array, "*ones N"]:
+    """The vector with as many axes as `like`, to be broadcast along its last one."""
+    return jnp.expand_dims(vector, range(like.ndim - 1))
 
 
 class Linear(nnx.Module):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from ef_jax.nn.linear import along_last
 from ef_jax.spec import RopeSpec
 
 
@@ -27,7 +28,8 @@ def rope_tables(
 ) -> tuple[Float32[Array, "*rows half"], Float32[Array, "*rows half"]]:
     """Cosine and sine for each position, float32; the two halves of a head share them."""
     frequencies, factor = rope_frequencies(spec)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32)
+    angles = angles * along_last(jnp.asarray(frequencies), angles)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.errors import UnsupportedError
-from ef_jax.nn.linear import linear, normal_param
+from ef_jax.nn.linear import along_last, linear, normal_param
 from ef_jax.spec import ModelSpec, RouterGroups, RouterSpec
 
 
@@ -38,7 +38,7 @@ def route(
         weights = _score(chosen, spec)
     else:
         scores = _score(raw, spec)
-        choice = scores if select_bias is None else scores + select_bias
+        choice = scores if select_bias is None else scores + along_last(select_bias, scores)
         if spec.groups is not None:
             choice = _limit_to_groups(choice, spec.groups)
         weights, ids = jax.lax.top_k(choice, top_k)
@@ -67,7 +67,7 @@ def _limit_to_groups(choice: Float32[Array, "*rows E"], groups: RouterGroups) ->
     grouped = choice.reshape(*choice.shape[:-1], groups.count, -1)
     best = jax.lax.top_k(grouped, 1 if groups.score == "max" else min(2, grouped.shape[-1]))[0].sum(axis=-1)
     kept = jax.lax.top_k(best, groups.keep)[1]
-    keep = jnp.any(kept[..., None] == jnp.arange(groups.count), axis=-2)
+    keep = jnp.any(jax.nn.one_hot(kept, groups.count, dtype=jnp.bool_), axis=-2)
     return jnp.where(keep[..., None], grouped, groups.mask).reshape(choice.shape)
 
 
