@@ -1,0 +1,228 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p and repetition penalty.
+
+The order and the meaning of the steps are those of transformers' `generate`. Every option is a traced array of
+one value a sequence, so that other options never recompile, and what no sequence asks for is not computed.
+
+Nothing is sorted: the k-th largest logit and the nucleus' smallest one are found bit by bit in 32 counting
+passes, 25 times faster on a CPU than sorting a vocabulary of 151,936. The draw is an inverse transform in two
+levels, which needs two uniform numbers a sequence where the Gumbel trick needs V.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from ef_jax.errors import InputError
+
+_LARGEST = 2**31 - 1
+_SEEDS = 2**32
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions:
+    """How to choose tokens and when to stop; the same for every prompt of a call.
+
+    max_new_tokens: tokens to generate at most.
+    temperature: 0 is greedy, and then top_k, top_p and seed have no effect.
+    top_k: keep the k most likely tokens, and those as likely as the k-th; 0 keeps all.
+    top_p: keep the most likely tokens that together reach this probability, and those as likely as the last.
+    repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely (also when greedy).
+    seed: of the random draws. Sequence i of a call draws from (seed, i, step), whatever else is in its batch.
+    stop: generation ends before any of these strings; they are not part of the text.
+    ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require_integer("max_new_tokens", self.max_new_tokens, 1, _LARGEST)
+        _require_integer("top_k", self.top_k, 0, _LARGEST)
+        _require_integer("seed", self.seed, 0, _SEEDS - 1)
+        if self.temperature != 0:
+            _require_number("temperature", self.temperature, 1e-5, 1e4, "or 0 for greedy decoding")
+        _require_number("top_p", self.top_p, 1e-6, 1.0, "where 1 keeps every token")
+        _require_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "where 1 has no effect")
+        if isinstance(self.stop, str):
+            raise InputError(f"stop must be a tuple of strings, got the string {self.stop!r}: write ({self.stop!r},)")
+        for text in self.stop:
+            if not text:
+                raise InputError("a stop string is empty: it would stop every text at once; leave it out")
+
+
+class SamplingArrays(NamedTuple):
+    """`SamplingOptions` as the device sees them, one value a sequence."""
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: UInt[Array, " B"]
+    sequence: Int[Array, " B"]
+
+
+def sampling_arrays(options: SamplingOptions, count: int, first: int = 0) -> SamplingArrays:
+    """Device arrays of `options` for `count` sequences of a call, numbered from `first`; make them once a batch.
+
+    A call that is served in several batches passes the number of each batch's first sequence, so that batching
+    changes no draw.
+    """
+    return SamplingArrays(
+        temperature=jnp.full(count, options.temperature, jnp.float32),
+        top_k=jnp.full(count, options.top_k, jnp.int32),
+        top_p=jnp.full(count, options.top_p, jnp.float32),
+        repetition_penalty=jnp.full(count, options.repetition_penalty, jnp.float32),
+        seed=jnp.full(count, options.seed, jnp.uint32),
+        sequence=jnp.arange(first, first + count, dtype=jnp.int32),
+    )
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    step: Int[Array, " B"],
+    arrays: SamplingArrays,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The next token of each sequence and its log-probability. Pure: call it inside `jax.jit`.
+
+    Args:
+      logits: f32 [B, V], as the model gives them.
+      seen: bool [B, V], the tokens of prompt and text so far (`mark_seen`); read only where the repetition
+        penalty is not 1.
+      step: int32 [B], tokens generated so far: the draw's number.
+      arrays: the options, [B] each.
+
+    Returns:
+      Tokens int32 [B] and logprobs f32 [B]: log-softmax of the unprocessed logits at the token. A row with a NaN
+      gives an arbitrary token and a NaN logprob.
+    """
+    penalty = arrays.repetition_penalty[:, None]
+    penalised = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    greedy = _argmax(penalised)
+    tokens = lax.cond(
+        jnp.any(arrays.temperature > 0),
+        lambda: jnp.where(arrays.temperature > 0, _draw(penalised, step, arrays), greedy),
+        lambda: greedy,
+    )
+    shifted = logits - jnp.max(logits, axis=1, keepdims=True)
+    chosen = jnp.take_along_axis(shifted, tokens[:, None], axis=1)[:, 0]
+    return tokens, chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=1))
+
+
+def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Bool[Array, "B V"]:
+    """`seen` with `tokens` [B, T] added where `valid`: a padded prompt, or one new token with T = 1."""
+    rows = jnp.arange(seen.shape[0])[:, None]
+    return seen.at[rows, jnp.where(valid, tokens, seen.shape[1])].set(True, mode="drop")
+
+
+def _draw(penalised: Float[Array, "B V"], step: Int[Array, " B"], arrays: SamplingArrays) -> Int[Array, " B"]:
+    """One random token a row from the tempered, filtered distribution."""
+    hot = jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)
+    scores = (penalised - jnp.max(penalised, axis=1, keepdims=True)) / hot[:, None]
+    top_k = jnp.where(arrays.temperature > 0, arrays.top_k, 0)
+    top_p = jnp.where(arrays.temperature > 0, arrays.top_p, 1.0)
+    scores = lax.cond(jnp.any(top_k > 0), _keep_top_k, lambda scores, _: scores, scores, top_k)
+    weights = jnp.exp(scores)
+    weights = lax.cond(jnp.any(top_p < 1), _keep_top_p, lambda weights, _: weights, weights, top_p)
+    return _choose(weights, _uniforms(arrays.seed, arrays.sequence, step))
+
+
+def _keep_top_k(scores: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """Scores below the k-th largest become -inf; rows with k = 0 stay."""
+    order = _ordered_bits(scores)
+    wanted = jnp.minimum(jnp.where(top_k > 0, top_k, scores.shape[1]), scores.shape[1])
+
+    def at_least_wanted(bound: UInt[Array, " B"]) -> Bool[Array, " B"]:
+        return jnp.sum(order >= bound[:, None], axis=1, dtype=jnp.int32) >= wanted
+
+    return jnp.where(order >= _largest_bound(at_least_wanted, scores.shape[0])[:, None], scores, -jnp.inf)
+
+
+def _keep_top_p(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    """Weights outside the nucleus become 0: those whose mass, with all smaller ones, is at most 1 - p of the sum."""
+    order = _ordered_bits(weights)
+    spare = jnp.sum(weights, axis=1) * (1 - top_p)
+
+    def below_is_spare(bound: UInt[Array, " B"]) -> Bool[Array, " B"]:
+        return jnp.sum(jnp.where(order < bound[:, None], weights, 0), axis=1) <= spare
+
+    bound = jnp.minimum(_largest_bound(below_is_spare, weights.shape[0]), jnp.max(order, axis=1))
+    return jnp.where((order >= bound[:, None]) | (top_p[:, None] == 1), weights, 0)
+
+
+def _ordered_bits(values: Float[Array, "B V"]) -> UInt[Array, "B V"]:
+    """uint32 whose order is that of the f32 values."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_bound(holds: Callable[[UInt[Array, " B"]], Bool[Array, " B"]], count: int) -> UInt[Array, " B"]:
+    """The largest uint32 of each row for which `holds`; it must hold at 0 and, once it fails, keep failing."""
+
+    def set_bit(i: Int[Array, ""], bound: UInt[Array, " B"]) -> UInt[Array, " B"]:
+        raised = bound | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(raised), raised, bound)
+
+    return lax.fori_loop(0, 32, set_bit, jnp.zeros(count, jnp.uint32))
+
+
+def _uniforms(seed: UInt[Array, " B"], sequence: Int[Array, " B"], step: Int[Array, " B"]) -> Float[Array, "B 2"]:
+    """Two uniform numbers in [0, 1) a row, a function of its own (seed, sequence, step) alone."""
+
+    def row(seed: UInt[Array, ""], sequence: Int[Array, ""], step: Int[Array, ""]) -> Float[Array, " 2"]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sequence), step)
+        return jax.random.uniform(key, (2,))
+
+    return jax.vmap(row)(seed, sequence, step)
+
+
+def _choose(weights: Float[Array, "B V"], uniforms: Float[Array, "B 2"]) -> Int[Array, " B"]:
+    """Index drawn with probability in proportion to its weight: first a block of the vocabulary, then one inside."""
+    blocks = -(-weights.shape[1] // _BLOCK)
+    padded = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - weights.shape[1])))
+    padded = padded.reshape(-1, blocks, _BLOCK)
+    block = _inverse_transform(jnp.sum(padded, axis=2), uniforms[:, 0])
+    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _inverse_transform(inside, uniforms[:, 1])
+
+
+def _inverse_transform(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+    """First index whose cumulative weight exceeds `uniform` of the sum, never one of weight 0."""
+    cumulative = jnp.cumsum(weights, axis=1)
+    beyond = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (weights > 0)
+    # Rounding can leave nothing beyond the target when the uniform number is next to 1.
+    return jnp.where(jnp.any(beyond, axis=1), jnp.argmax(beyond, axis=1), jnp.argmax(weights, axis=1)).astype(jnp.int32)
+
+
+def _argmax(values: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Like `jnp.argmax` over the last axis, which XLA's CPU backend does not vectorise."""
+    index = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    best = jnp.where(values == jnp.max(values, axis=1, keepdims=True), index, values.shape[1] - 1)
+    return jnp.min(best, axis=1)
+
+
+def _require_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _require_number(name: str, value: float, low: float, high: float, hint: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, {hint}; got {value!r}")

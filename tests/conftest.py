@@ -1,0 +1,51 @@
+"""Settings of the whole suite: CPU unless a GPU run is asked for, no network, types and shapes checked at run time."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before the first import of jax and transformers. EF_JAX_TEST_GPU=1 leaves the platform to jax.
+if os.environ.get("EF_JAX_TEST_GPU") != "1":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import hypothesis
+import jax
+from jaxtyping import install_import_hook
+
+# Every annotation of these packages is checked; an int passes for a float, as type checkers have it. (jaxtyping's
+# pytest option cannot take several packages together with a configured checker.)
+install_import_hook(
+    ["ef_jax", "pallas_kernels", "checkpoints_tools"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a property compiles; no examples are kept, so that a run leaves no files behind.
+hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+_ROOT = Path(__file__).parent.parent
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU: run with EF_JAX_TEST_GPU=1 where jax sees one")
+
+
+@pytest.fixture(scope="session")
+def small_moe() -> Path:
+    """Directory of the bundled model."""
+    return _ROOT / "ef_jax" / "models" / "small_moe"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Directory of optional data outside the repository: EF_JAX_SHARED, or `shared` beside the checkout."""
+    directory = Path(os.environ.get("EF_JAX_SHARED", _ROOT.parent / "shared"))
+    if not directory.is_dir():
+        pytest.skip(f"optional data is not there: {directory} is not a directory (set EF_JAX_SHARED)")
+    return directory
