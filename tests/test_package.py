@@ -29,10 +29,14 @@ def test_commands_exist(target: str) -> None:
 
 
 def test_importing_is_light_and_leaves_the_devices_alone() -> None:
-    code = (
-        "import sys, ef_jax; heavy = {'torch', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy\n"
-        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
-    )
+    code = """
+import sys
+import ef_jax
+from jax._src import xla_bridge
+heavy = {"torch", "transformers", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+assert not xla_bridge.backends_are_initialized()
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=_ROOT)
 
 
