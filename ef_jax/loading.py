@@ -1,0 +1,188 @@
+"""From a path and a budget to a running model."""
+
+import importlib.resources
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ef_jax.errors import InputError
+from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.plan import FixedBytes, MemoryPlan, MemoryRequest, check_host_pool, kv_cache_bytes, make_plan
+from ef_jax.memory.policies import POLICIES
+from ef_jax.memory.residency import Residency
+from ef_jax.memory.sizes import parse_bytes
+from ef_jax.nn import dense_shapes
+from ef_jax.progress import Progress
+from ef_jax.runtime.dense import DenseWeights
+from ef_jax.runtime.engine import Engine
+from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.programs import Programs
+from ef_jax.schedule.link import CopyMode, DeviceLink, resolve_copy_mode
+from ef_jax.spec import ModelSpec
+from ef_jax.text import Tokenizer
+from ef_jax.weights import open_checkpoint
+
+_LOG = logging.getLogger("ef_jax")
+_DEFAULT_CONTEXT = 4096
+_DEFAULT_FRACTION = 0.5
+_DEFAULT_DEVICE_SHARE = 0.9
+
+
+def bundled_model() -> Path:
+    """Directory of the small MoE checkpoint that comes with the package."""
+    return Path(str(importlib.resources.files("ef_jax") / "models" / "small_moe"))
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device_memory: str | int | None = None,
+    expert_fraction: float | None = None,
+    batch: int = 1,
+    context: int | None = None,
+    chunk: int = 256,
+    policy: str = "lru",
+    dtype: str | None = None,
+    copy_mode: CopyMode | None = None,
+    device: jax.Device | None = None,
+    progress: bool | None = None,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
+) -> LanguageModel:
+    """Load an MoE language model with its experts in pinned host memory.
+
+    Args:
+      path: a Hugging Face directory or a converted checkpoint; None: the bundled small model.
+      device_memory: device budget, for example `"8GiB"`. Everything the run puts on the device fits in it.
+      expert_fraction: instead of a budget, the share of all experts that get a cache slot; 1.0 is the all-resident
+        run. With neither, 90 % of a GPU's memory, or half of the experts on CPU.
+      batch: sequences that run together. A prompt's result does not depend on how full the batch is.
+      context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most.
+      chunk: tokens a sequence that one prefill pass takes.
+      policy: who leaves the cache, `"lru"` or `"static"`.
+      dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
+      copy_mode: how blocks cross the link, see `DeviceLink`; None: the default of the device.
+      device: a JAX device; None: the first.
+      progress: show a progress bar; None: on a terminal.
+      on_plan: called with the memory plan before anything is allocated.
+
+    Raises:
+      InputError: the checkpoint, an option or the budget cannot be used; `CheckpointError`, `UnsupportedError` and
+        `BudgetError` are its kinds.
+    """
+    device = device or jax.devices()[0]
+    with open_checkpoint(path or bundled_model(), dtype) as checkpoint:
+        spec = checkpoint.spec
+        if policy not in POLICIES:
+            raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
+        request = make_request(
+            spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch, context=context,
+            chunk=chunk,
+        )  # fmt: skip
+        tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
+        plan, programs = plan_model(spec, request, device, copy_mode)
+        check_host_pool(spec, device.platform)
+        _LOG.info("%s", plan)
+        if on_plan is not None:
+            on_plan(plan)
+        dense_bytes = plan.dense
+        with Progress(dense_bytes + plan.host_bytes, "B", "loading", enabled=progress) as bar:
+            dense = DenseWeights.load(checkpoint, device, advance=bar.update)
+            store = HostStore.load(checkpoint, device, advance=bar.update)
+    link = DeviceLink(spec, store, device, slots=plan.slots + plan.staging_slots, mode=copy_mode)
+    residency = Residency(
+        layers=len(spec.moe_layers),
+        experts=spec.experts.count,
+        cache_slots=plan.slots,
+        staging_slots=plan.staging_slots,
+        policy=POLICIES[policy](len(spec.moe_layers)),
+    )
+    if plan.slots == spec.total_experts:
+        _fill(residency, link)
+    engine = Engine(spec, plan, programs, dense, residency, link, device)
+    return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
+
+
+def make_request(
+    spec: ModelSpec,
+    device: jax.Device,
+    *,
+    device_memory: str | int | None = None,
+    expert_fraction: float | None = None,
+    batch: int = 1,
+    context: int | None = None,
+    chunk: int = 256,
+) -> MemoryRequest:
+    """The request that `load`'s options make for this model and device, defaults filled in.
+
+    Raises:
+      InputError: an option is out of range, or the budget is larger than the device's memory.
+    """
+    if context is not None and context > spec.max_position:
+        raise InputError(f"context {context} is longer than the model's {spec.max_position} positions")
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    budget = None if device_memory is None else parse_bytes(device_memory)
+    if budget is not None and limit is not None and budget > limit:
+        raise InputError(f"device_memory {device_memory} is more than the {limit} bytes that {device} offers")
+    if budget is None and expert_fraction is None:
+        if limit is not None:
+            budget = int(_DEFAULT_DEVICE_SHARE * limit)
+        else:
+            expert_fraction = _DEFAULT_FRACTION
+    return MemoryRequest(
+        device_memory=budget,
+        expert_fraction=expert_fraction,
+        batch=batch,
+        context=context or min(spec.max_position, _DEFAULT_CONTEXT),
+        chunk=chunk,
+    )
+
+
+def plan_model(
+    spec: ModelSpec, request: MemoryRequest, device: jax.Device, copy_mode: CopyMode | None = None
+) -> tuple[MemoryPlan, Programs]:
+    """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
+
+    Raises:
+      BudgetError: the budget is too small.
+    """
+    in_flight = spec.total_experts if resolve_copy_mode(copy_mode, device) == "async" else 0
+
+    def fixed(workspace: int) -> FixedBytes:
+        return FixedBytes(
+            dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
+            kv_cache=kv_cache_bytes(spec, request.batch, request.context),
+            state=request.batch * (spec.vocab + 64),
+            workspace=workspace,
+            blocks_in_flight=in_flight,
+        )
+
+    # The workspace does not depend on the number of slots, but the executables' shapes do: measure, then compile for
+    # the slots that the measured workspace leaves.
+    plan = make_plan(spec, request, fixed(0))
+    while True:
+        programs = Programs(
+            spec,
+            batch=request.batch,
+            context=request.context,
+            chunk=request.chunk,
+            pool_slots=plan.slots + plan.staging_slots,
+            device=device,
+        )
+        programs.compile_all()
+        measured = make_plan(spec, request, fixed(programs.workspace_bytes))
+        if measured.slots + measured.staging_slots == plan.slots + plan.staging_slots:
+            return measured, programs
+        plan = measured
+
+
+def _fill(residency: Residency, link: DeviceLink) -> None:
+    """Put every expert into its slot, where there is one for each."""
+    for layer in range(residency.layers):
+        placed = residency.seed(layer, range(residency.experts))
+        link.finish(link.start(layer, [expert for expert, _ in placed]), [slot for _, slot in placed])
+        residency.policy.on_prompt(layer, [expert for expert, _ in placed])
+    link.bytes_moved, link.seconds = 0, 0.0
+    jnp.asarray(link.pool.array).block_until_ready()

@@ -1,0 +1,93 @@
+"""Every expert block of a model, packed, one pinned-host array each."""
+
+import concurrent.futures
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from ef_jax.errors import CheckpointError
+from ef_jax.spec import ModelSpec
+from ef_jax.weights import Checkpoint
+from pallas_kernels import storage_dtype
+
+_ALIGNMENT = 64
+
+
+class HostStore:
+    """Pinned-host blocks by `(MoE layer, expert)`; filled once, never written again.
+
+    Attributes:
+      block_bytes: bytes of one block.
+      nbytes: bytes of all blocks.
+    """
+
+    def __init__(self, spec: ModelSpec, blocks: Sequence[Sequence[jax.Array]]) -> None:
+        self._blocks = blocks
+        self.block_bytes = spec.block_bytes
+        self.nbytes = spec.block_bytes * spec.total_experts
+
+    def block(self, layer: int, expert: int) -> jax.Array:
+        """The block `[3, F, D]` (bits of 16-bit floats) of MoE layer `layer`."""
+        return self._blocks[layer][expert]
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        device: jax.Device,
+        *,
+        advance: Callable[[int], None] = lambda nbytes: None,
+        threads: int = 2,
+    ) -> "HostStore":
+        """Fill the store from a checkpoint, block by block.
+
+        Args:
+          checkpoint: where the weights are.
+          device: whose pinned host memory to use.
+          advance: told the bytes of every block that has landed.
+          threads: readers; reading releases the GIL.
+
+        Raises:
+          CheckpointError: a block cannot be read, or the pinned pool is full.
+        """
+        spec = checkpoint.spec
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        stored = storage_dtype(spec.dtype)
+
+        def read(layer: int, expert: int) -> jax.Array:
+            block = aligned_empty(spec.block_shape, stored)
+            checkpoint.read_block(layer, expert, block.view(np.dtype(jax.numpy.dtype(spec.dtype))))
+            return jax.device_put(block, sharding)
+
+        blocks = []
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for layer in spec.moe_layers:
+                try:
+                    row = list(pool.map(read, [layer] * spec.experts.count, range(spec.experts.count)))
+                    jax.block_until_ready(row)
+                except jax.errors.JaxRuntimeError as error:
+                    raise CheckpointError(_pinned_pool_message(spec, error)) from error
+                blocks.append(row)
+                advance(spec.block_bytes * len(row))
+        return cls(spec, blocks)
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which `device_put` on CPU takes over without a copy.
+
+    The caller must not write to it after the `device_put`.
+    """
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _pinned_pool_message(spec: ModelSpec, error: Exception) -> str:
+    need = spec.block_bytes * spec.total_experts / 2**30
+    first = str(error).splitlines()[0]
+    return (
+        f"pinned host memory is exhausted ({first}); the experts need {need:.1f} GiB: "
+        f"set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={int(need * 1.1) + 1} or more before starting Python"
+    )

@@ -1,0 +1,214 @@
+"""The memory plan: every device byte accounted for before anything is allocated."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory.sizes import format_bytes
+from ef_jax.spec import ModelSpec
+
+STAGING_SLOTS = 16
+_RESERVE_SHARE = 0.02
+_HOST_POOL_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_HOST_POOL_DEFAULT_GB = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryRequest:
+    """What the caller asks of device memory: a budget in bytes or a fraction of the experts, batch and context.
+
+    `device_memory` and `expert_fraction` exclude one another. `expert_fraction` counts cache slots: 1.0 keeps every
+    expert on the device, 0.0 keeps none between steps. `context` is tokens a sequence (prompt and output), `chunk`
+    tokens a sequence that one prefill pass takes.
+    """
+
+    device_memory: int | None = None
+    expert_fraction: float | None = None
+    batch: int = 1
+    context: int = 1024
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if (self.device_memory is None) == (self.expert_fraction is None):
+            raise InputError("give either device_memory or expert_fraction, not both and not neither")
+        if self.device_memory is not None and self.device_memory < 1:
+            raise InputError(f"device_memory must be positive, got {self.device_memory}")
+        fraction = self.expert_fraction
+        if fraction is not None and not 0.0 <= fraction <= 1.0:
+            raise InputError(f"expert_fraction must be between 0 and 1, got {fraction}")
+        if not 1 <= self.batch <= 1024:
+            raise InputError(f"batch must be between 1 and 1024, got {self.batch}")
+        if not 2 <= self.context:
+            raise InputError(f"context must be at least 2 tokens, got {self.context}")
+        if not 1 <= self.chunk:
+            raise InputError(f"chunk must be positive, got {self.chunk}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Device bytes by item, their sum, and what they buy.
+
+    `workspace` is measured: temporaries and fresh outputs of the largest compiled program. `reserve` is slack for the
+    allocator. `budget` is what was asked for, or the sum where a fraction of the experts was asked for.
+    """
+
+    dense: int
+    kv_cache: int
+    cache_slots: int
+    staging: int
+    transfers: int
+    state: int
+    workspace: int
+    reserve: int
+    budget: int
+    slots: int
+    staging_slots: int
+    experts: int
+    token_cycle: int
+    block_bytes: int
+    batch: int
+    context: int
+    chunk: int
+    host_bytes: int
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Device bytes by item."""
+        names = ("dense", "kv_cache", "cache_slots", "staging", "transfers", "state", "workspace", "reserve")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> int:
+        """Sum of the items; never more than `budget`."""
+        return sum(self.items.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will be slow about this plan, in words."""
+        if self.slots < min(self.token_cycle, self.experts):
+            return (
+                f"{self.slots} cache slots are fewer than the {self.token_cycle} experts that one step touches: "
+                "most of them will cross the link at every step",
+            )
+        return ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types: every field, `total` and `warnings`."""
+        return {**dataclasses.asdict(self), "total": self.total, "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        notes = {
+            "dense": "attention, norms, routers, embeddings",
+            "kv_cache": f"batch {self.batch} x {self.context} tokens",
+            "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}",
+            "staging": f"{self.staging_slots} blocks that pass through",
+            "transfers": "blocks in flight",
+            "state": "sampling",
+            "workspace": f"largest program, prompt chunks of {self.chunk} tokens",
+            "reserve": "allocator slack",
+        }
+        lines = [f"memory plan: {format_bytes(self.total)} of {format_bytes(self.budget)} on the device"]
+        lines += [f"  {name:12} {format_bytes(size):>9}  {notes[name]}" for name, size in self.items.items()]
+        lines.append(f"  {'host':12} {format_bytes(self.host_bytes):>9}  pinned, all {self.experts} expert blocks")
+        return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FixedBytes:
+    """Device bytes that do not depend on the number of slots."""
+
+    dense: int
+    kv_cache: int
+    state: int
+    workspace: int
+    blocks_in_flight: int
+
+
+def kv_cache_bytes(spec: ModelSpec, batch: int, context: int) -> int:
+    """Bytes of keys and values of every layer for `batch` sequences of `context` tokens."""
+    attention = spec.attention
+    return 2 * len(spec.layers) * batch * context * attention.kv_heads * attention.head_dim * spec.itemsize
+
+
+def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> MemoryPlan:
+    """Share a budget out: fixed items first, the staging ring, then as many cache slots as fit.
+
+    Raises:
+      BudgetError: the budget holds less than the fixed items and the smallest staging ring (the experts that one
+        layer of one step can need); the message gives the smallest budget that works.
+    """
+    token_cycle = len(spec.moe_layers) * min(spec.experts.count, request.batch * spec.experts.top_k)
+    least_staging = min(spec.experts.count, request.batch * spec.experts.top_k)
+    full_staging = min(spec.experts.count, max(least_staging, STAGING_SLOTS))
+    block = spec.block_bytes
+
+    def plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:
+        transfers = min(2 * staging_slots, fixed.blocks_in_flight) * block
+        sizes = {
+            "dense": fixed.dense,
+            "kv_cache": fixed.kv_cache,
+            "cache_slots": slots * block,
+            "staging": staging_slots * block,
+            "transfers": transfers,
+            "state": fixed.state,
+            "workspace": fixed.workspace,
+        }
+        reserve = math.ceil(_RESERVE_SHARE * sum(sizes.values()))
+        return MemoryPlan(
+            **sizes,
+            reserve=reserve,
+            budget=sum(sizes.values()) + reserve if budget is None else budget,
+            slots=slots,
+            staging_slots=staging_slots,
+            experts=spec.total_experts,
+            token_cycle=token_cycle,
+            block_bytes=block,
+            batch=request.batch,
+            context=request.context,
+            chunk=request.chunk,
+            host_bytes=spec.total_experts * block,
+        )
+
+    if request.expert_fraction is not None:
+        slots = round(request.expert_fraction * spec.total_experts)
+        return plan(slots, 0 if slots == spec.total_experts else full_staging, None)
+
+    budget = request.device_memory
+    assert budget is not None
+    if plan(spec.total_experts, 0, budget).total <= budget:
+        return plan(spec.total_experts, 0, budget)
+    least = plan(0, least_staging, budget)
+    if least.total > budget:
+        raise BudgetError(
+            f"a device budget of {format_bytes(budget)} is too small: this model needs at least {least.total} bytes "
+            f"({_round_up(least.total)}) at batch {request.batch}, context {request.context}, chunk {request.chunk}"
+        )
+    staging_slots = full_staging if plan(0, full_staging, budget).total <= 0.9 * budget else least_staging
+    base = plan(0, staging_slots, budget)
+    slots = int((budget - base.total) / (block * (1 + _RESERVE_SHARE)))
+    while slots and plan(slots, staging_slots, budget).total > budget:
+        slots -= 1
+    return plan(min(slots, spec.total_experts), staging_slots, budget)
+
+
+def check_host_pool(spec: ModelSpec, platform: str) -> None:
+    """Refuse a model whose experts do not fit in the runtime's pinned host pool.
+
+    Raises:
+      BudgetError: on a GPU, with the variable to set; the CPU backend has no such pool.
+    """
+    if platform == "cpu":
+        return
+    limit = int(os.environ.get(_HOST_POOL_VARIABLE, _HOST_POOL_DEFAULT_GB)) * 2**30
+    need = 1.1 * spec.total_experts * spec.block_bytes
+    if need > limit:
+        raise BudgetError(
+            f"the experts need {need / 2**30:.0f} GiB of pinned host memory and the limit is {limit / 2**30:.0f}: "
+            f"set {_HOST_POOL_VARIABLE}={math.ceil(need / 2**30)} before starting Python"
+        )
+
+
+def _round_up(count: int) -> str:
+    return f"{math.ceil(count / 10**6)}MB"

@@ -1,0 +1,229 @@
+"""The engine: one device, one batch at a time, experts served from slots as the routers ask for them."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ef_jax.memory.plan import MemoryPlan
+from ef_jax.memory.residency import Residency
+from ef_jax.nn import FULL_WINDOW
+from ef_jax.runtime.batch import Batch
+from ef_jax.runtime.dense import DenseWeights
+from ef_jax.runtime.prefill import PromptExperts
+from ef_jax.runtime.programs import LOGIT_ROWS, Programs
+from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
+from ef_jax.runtime.stats import PhaseStats, Stats
+from ef_jax.schedule.link import DeviceLink
+from ef_jax.spec import ModelSpec
+
+
+class Engine:
+    """Runs batches of sequences through the model. Python decides over ids; compiled programs hold the arrays."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        programs: Programs,
+        dense: DenseWeights,
+        residency: Residency,
+        link: DeviceLink,
+        device: jax.Device,
+    ) -> None:
+        self.spec, self.plan, self.programs = spec, plan, programs
+        self.residency, self.link, self.device = residency, link, device
+        self.stats = Stats.empty(
+            layers=len(spec.moe_layers),
+            experts=spec.total_experts,
+            slots=plan.slots,
+            staging_slots=plan.staging_slots,
+        )
+        self._dense = dense
+        self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
+        self._kinds = [layer.ffn for layer in spec.layers]
+        self._windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
+        self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
+        self._prompt_experts = PromptExperts(residency, link)
+
+    def start(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> tuple[np.ndarray, np.ndarray]:
+        """Begin a batch: run the prompts and choose each sequence's first token.
+
+        Args:
+          prompts: at most `plan.batch` int32 arrays of token ids, none empty, none longer than the context.
+          sampling: options of `plan.batch` sequences.
+
+        Returns:
+          tokens int32 and log-probabilities f32, one a prompt.
+        """
+        batch = self._batch
+        began = time.perf_counter()
+        batch.begin(prompts, sampling)
+        for _, last in self._prompt_chunks(prompts):
+            pass
+        batch.tokens, logprobs, batch.seen = self.programs.head()(
+            last, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
+        )
+        tokens = np.asarray(batch.tokens)[: len(prompts), 0]
+        batch.step += 1
+        phase = self.stats.prefill
+        phase.seconds += time.perf_counter() - began
+        phase.tokens += sum(len(prompt) for prompt in prompts)
+        self._note_peak()
+        return tokens, np.asarray(logprobs)[: len(prompts)]
+
+    def step(self) -> tuple[np.ndarray, np.ndarray]:
+        """One token for every active sequence.
+
+        Returns:
+          tokens int32 `[B]` and log-probabilities f32 `[B]`; those of inactive sequences mean nothing.
+        """
+        batch, programs, layers = self._batch, self.programs, self._dense.layers
+        phase = self.stats.decode
+        began = time.perf_counter()
+        positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
+        deferred: list[tuple[int, jax.Array]] = []
+        carried, batch.k[0], batch.v[0] = programs.begin(1)(
+            self._dense.top, batch.tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
+        )
+        for layer in range(1, len(layers)):
+            before, after = self._kinds[layer - 1], self._kinds[layer]
+            if before == "moe":
+                carried = self._serve(layer - 1, carried, phase, deferred)
+            carried, batch.k[layer], batch.v[layer] = programs.between(1, before, after)(
+                layers[layer - 1],
+                carried,
+                layers[layer],
+                batch.k[layer],
+                batch.v[layer],
+                positions,
+                self._windows[layer],
+            )
+        if self._kinds[-1] == "moe":
+            carried = self._serve(len(layers) - 1, carried, phase, deferred)
+        batch.tokens, logprobs, batch.seen = programs.end_step()(
+            layers[-1], carried, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
+        )
+        tokens = np.asarray(batch.tokens)[:, 0]
+        for index, ids in deferred:
+            phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
+        batch.length[batch.active] += 1
+        batch.step += 1
+        phase.seconds += time.perf_counter() - began
+        phase.tokens += int(batch.active.sum())
+        phase.steps += 1
+        return tokens, np.asarray(logprobs)
+
+    def stop(self, sequence: int) -> None:
+        """Sequence `sequence` of the batch is done: later steps leave it out."""
+        self._batch.active[sequence] = False
+
+    def finish(self) -> None:
+        """The batch is done: note the peak of device memory."""
+        self._batch.active[:] = False
+        self._note_peak()
+
+    def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """Logits after every token of one sequence.
+
+        Args:
+          tokens: int32 `[T]`, not longer than the context.
+
+        Yields:
+          f32 `[t, V]`, in order; the t sum to T.
+        """
+        run = self.programs.logits()
+        left = len(tokens)
+        began = time.perf_counter()
+        self._batch.begin([tokens], sampling_arrays(SamplingOptions(), self.plan.batch))
+        for x, _ in self._prompt_chunks([tokens]):
+            rows = np.asarray(x)[0, :left]
+            left -= len(rows)
+            for first in range(0, len(rows), LOGIT_ROWS):
+                part = rows[first : first + LOGIT_ROWS]
+                padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
+                padded[: len(part)] = part
+                yield np.asarray(run(padded, self._dense.top))[: len(part)]
+        self.stats.prefill.seconds += time.perf_counter() - began
+        self.stats.prefill.tokens += len(tokens)
+        self._note_peak()
+
+    def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Run prompts chunk by chunk; yields a chunk's residual stream, and `[B, D]` of the prompts ended so far."""
+        shape, dtype = (self.plan.batch, self.spec.hidden), jnp.dtype(self.spec.dtype)
+        last = jnp.zeros(shape, dtype, device=self._batch.sharding)
+        lengths = [len(prompt) for prompt in prompts]
+        widths = self.programs.chunk_widths
+        start = 0
+        while start < max(lengths):
+            left = max(lengths) - start
+            width = next((width for width in widths if width >= left), widths[-1])
+            tokens = np.zeros((self.plan.batch, width), np.int32)
+            positions = np.full((self.plan.batch, width), -1, np.int32)
+            index = np.full(self.plan.batch, -1, np.int32)
+            for sequence, prompt in enumerate(prompts):
+                part = prompt[start : start + width]
+                tokens[sequence, : len(part)] = part
+                positions[sequence, : len(part)] = np.arange(start, start + len(part))
+                if start < len(prompt) <= start + width:
+                    index[sequence] = len(prompt) - start - 1
+            carried = self._chunk(width, tokens, positions)
+            x, last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, last, index)
+            self.stats.prefill.steps += 1
+            yield x, last
+            start += width
+
+    def _chunk(self, width: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
+        batch, programs, layers = self._batch, self.programs, self._dense.layers
+        carried, batch.k[0], batch.v[0] = programs.begin(width)(
+            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
+        )
+        for layer in range(1, len(layers)):
+            before, after = self._kinds[layer - 1], self._kinds[layer]
+            if before == "moe":
+                carried = self._serve_prompt(layer - 1, width, carried)
+            carried, batch.k[layer], batch.v[layer] = programs.between(width, before, after)(
+                layers[layer - 1],
+                carried,
+                layers[layer],
+                batch.k[layer],
+                batch.v[layer],
+                positions,
+                self._windows[layer],
+            )
+        return self._serve_prompt(len(layers) - 1, width, carried) if self._kinds[-1] == "moe" else carried
+
+    def _serve(self, layer, routed, phase: PhaseStats, deferred):  # type: ignore[no-untyped-def]
+        """Have every expert that the layer's router chose in a slot; a layer that cannot miss is not read back."""
+        index = self._moe_index[layer]
+        residency = self.residency
+        if residency.all_resident:
+            deferred.append((index, routed.ids))
+            return routed, self.link.pool.array, residency.slot_of[index].copy()
+        needed = [e for e in dict.fromkeys(np.asarray(routed.ids).ravel().tolist()) if e >= 0]
+        admission = residency.admit(index, needed)
+        phase.hits[index] += admission.hits
+        if admission.missing:
+            spent = self.link.seconds
+            self.link.finish(self.link.start(index, admission.missing), admission.missing_slots)
+            phase.misses[index] += len(admission.missing)
+            phase.bytes_demand += len(admission.missing) * self.plan.block_bytes
+            phase.stall_seconds += self.link.seconds - spent
+        return routed, self.link.pool.array, admission.slot_row
+
+    def _serve_prompt(self, layer, width: int, carried):  # type: ignore[no-untyped-def]
+        routed, rows, outputs = carried
+        outputs = self._prompt_experts.run(
+            self._moe_index[layer], rows, outputs, self.programs.wave(width), self.stats.prefill
+        )
+        return routed, rows.order, outputs
+
+    def _note_peak(self) -> None:
+        live = sum(
+            array.nbytes
+            for array in jax.live_arrays()
+            if array.sharding.memory_kind == "device" and self.device in array.sharding.device_set
+        )
+        self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.programs.temp_bytes)

@@ -1,0 +1,275 @@
+"""The engine's compiled programs: one a kind of layer boundary, compiled ahead of time for fixed shapes.
+
+Ahead-of-time executables are called directly. A call with another shape raises instead of recompiling, which is how
+"no recompilation" is enforced, and each executable's own memory analysis gives the plan its workspace.
+
+A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
+`head`. A decode step is `begin`, a `between` a layer, `end_step`. Arguments are in the order that each docstring
+gives them; "carried" is what a layer hands to the next program: for a dense layer the residual stream, for an MoE layer
+`(Routed, pool, slot_row)` when decoding and `(Routed, order, outputs)` in a prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ef_jax.nn import dense_shapes, layer_definition, merge_top, top_definition
+from ef_jax.runtime import steps
+from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, mark_seen, sample, sampling_arrays
+from ef_jax.spec import ModelSpec
+from pallas_kernels import storage_dtype
+
+Compiled = Callable[..., Any]
+
+LOGIT_ROWS = 16
+
+
+class Programs:
+    """Executables of one engine: `batch` sequences of up to `context` tokens over a pool of `pool_slots` slots.
+
+    The decode step and the widest prompt chunk are compiled by `compile_all`; narrower chunks (there are at most
+    three widths, `chunk_widths`) on first use.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, batch: int, context: int, chunk: int, pool_slots: int, device: jax.Device
+    ) -> None:
+        self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
+        self.chunk_widths = chunk_widths(min(chunk, context))
+        self._sharding = jax.sharding.SingleDeviceSharding(device)
+        self._kinds = [layer.ffn for layer in spec.layers]
+        self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
+        self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+
+    def compile_all(self) -> None:
+        """Compile the decode step and the widest prompt chunk, whose workspace the plan needs."""
+        self.compile_width(1)
+        self.end_step()
+        self.compile_width(self.chunk_widths[-1])
+        self.head()
+        self.logits()
+
+    def compile_width(self, width: int) -> None:
+        """Compile the layers of a pass over `width` tokens a sequence."""
+        self.begin(width)
+        for before, after in self._boundaries:
+            self.between(width, before, after)
+        if width > 1:
+            self.wave(width)
+            self.end_chunk(width)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Temporaries and fresh outputs of the largest program so far, and the outputs it was fed."""
+        analyses = [compiled.memory_analysis() for compiled in self._compiled.values()]
+        fresh = [analysis.output_size_in_bytes - analysis.alias_size_in_bytes for analysis in analyses]
+        largest = max(analysis.temp_size_in_bytes + out for analysis, out in zip(analyses, fresh, strict=True))
+        return int(largest + max(fresh))
+
+    @property
+    def temp_bytes(self) -> int:
+        """Temporaries of the largest program, which no list of live arrays shows."""
+        return max(int(compiled.memory_analysis().temp_size_in_bytes) for compiled in self._compiled.values())
+
+    @property
+    def count(self) -> int:
+        """Programs compiled so far; it must not grow while decoding."""
+        return len(self._compiled)
+
+    def layer_paths(self, kind: str) -> tuple[str, ...]:
+        """Relative names of a layer's leaves, in the order that the programs take them."""
+        return layer_definition(self.spec, kind)[1]
+
+    def begin(self, width: int) -> Compiled:
+        """`(top, tokens, leaves, k, v, positions, window) -> carried, k, v`: embedding and the first layer."""
+        kind = self._kinds[0]
+
+        def begin(top, tokens, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
+            return self._enter(width, kind, leaves, self._top(top).embed_tokens(tokens), k, v, positions, window)
+
+        def inputs() -> tuple[Any, ...]:
+            tokens = self._device_int(self.batch, 1) if width == 1 else self._int(self.batch, width)
+            return (self._top_leaves(), tokens, self._leaves(kind), *self._layer_inputs(width))
+
+        return self._program(("begin", width), begin, inputs, donate=(3, 4))
+
+    def between(self, width: int, before: str, after: str) -> Compiled:
+        """`(leaves, carried, next leaves, k, v, positions, window) -> carried, k, v`: from one layer into the next."""
+
+        def between(leaves_before, carried, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
+            x = self._leave(width, before, leaves_before, carried)
+            return self._enter(width, after, leaves, x, k, v, positions, window)
+
+        def inputs() -> tuple[Any, ...]:
+            carried = self._carried(width, before)
+            return (self._leaves(before), carried, self._leaves(after), *self._layer_inputs(width))
+
+        return self._program(("between", width, before, after), between, inputs, donate=(3, 4))
+
+    def wave(self, width: int) -> Compiled:
+        """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
+
+        def wave(rows, outputs, pool, slot_row):  # type: ignore[no-untyped-def]
+            return steps.run_wave(self.spec, rows, outputs, pool, slot_row)
+
+        def inputs() -> tuple[Any, ...]:
+            return (*self._sorted(width), self._pool(), self._int(self.spec.experts.count))
+
+        return self._program(("wave", width), wave, inputs, donate=(1,))
+
+    def end_step(self) -> Compiled:
+        """`(leaves, carried, top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen` of a decode step."""
+        kind = self._kinds[-1]
+
+        def end_step(leaves, carried, top, seen, step, sampling):  # type: ignore[no-untyped-def]
+            x = self._leave(1, kind, leaves, carried)
+            return self._choose(x[:, 0], top, seen, step, sampling)
+
+        def inputs() -> tuple[Any, ...]:
+            return (self._leaves(kind), self._carried(1, kind), self._top_leaves(), *self._sampling_inputs())
+
+        return self._program(("end_step",), end_step, inputs, donate=(3,))
+
+    def end_chunk(self, width: int) -> Compiled:
+        """`(leaves, carried, last, index) -> x, last`: the residual stream after the last layer of a chunk.
+
+        `last` `[B, D]` (donated) takes the row `index[b]` of each sequence whose prompt ends in the chunk; -1: none.
+        """
+        kind = self._kinds[-1]
+
+        def end_chunk(leaves, carried, last, index):  # type: ignore[no-untyped-def]
+            x = self._leave(width, kind, leaves, carried)
+            ends = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
+            return x, jnp.where(index[:, None] >= 0, ends, last)
+
+        def inputs() -> tuple[Any, ...]:
+            last = self._float(self.batch, self.spec.hidden)
+            return (self._leaves(kind), self._carried(width, kind), last, self._int(self.batch))
+
+        return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
+
+    def head(self) -> Compiled:
+        """`(last, top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen`: the first token after a prompt."""
+
+        def inputs() -> tuple[Any, ...]:
+            return (self._float(self.batch, self.spec.hidden), self._top_leaves(), *self._sampling_inputs())
+
+        return self._program(("head",), self._choose, inputs, donate=(2,))
+
+    def logits(self) -> Compiled:
+        """`(rows [LOGIT_ROWS, D], top) -> f32 [LOGIT_ROWS, V]`."""
+
+        def logits(rows, top):  # type: ignore[no-untyped-def]
+            return self._top(top).logits(rows)
+
+        def inputs() -> tuple[Any, ...]:
+            return (self._float(LOGIT_ROWS, self.spec.hidden), self._top_leaves())
+
+        return self._program(("logits",), logits, inputs)
+
+    # What the programs are made of.
+
+    def _enter(self, width, kind, leaves, x, k, v, positions, window):  # type: ignore[no-untyped-def]
+        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window)
+        if kind == "dense" or width == 1:
+            return entered, k, v
+        rows = steps.sort_rows(entered, self.spec.experts.count)
+        return (entered, rows, jnp.zeros_like(rows.rows)), k, v
+
+    def _leave(self, width, kind, leaves, carried):  # type: ignore[no-untyped-def]
+        if kind == "dense":
+            return carried
+        if width == 1:
+            routed, pool, slot_row = carried
+            output = steps.run_experts(self.spec, routed, pool, slot_row)
+        else:
+            routed, order, outputs = carried
+            output = steps.combine(outputs, order, routed.weights)
+        return steps.finish_experts(self.spec, leaves, routed, output)
+
+    def _choose(self, last, top, seen, step, sampling):  # type: ignore[no-untyped-def]
+        logits = self._top(top).logits(last)
+        with jax.named_scope("sample"):
+            tokens, logprobs = sample(logits, seen, step, sampling)
+        return tokens[:, None], logprobs, mark_seen(seen, tokens[:, None], jnp.ones_like(tokens[:, None], bool))
+
+    def _top(self, leaves):  # type: ignore[no-untyped-def]
+        return merge_top(top_definition(self.spec)[0], leaves)
+
+    def _program(
+        self,
+        key: tuple[Any, ...],
+        function: Callable[..., Any],
+        inputs: Callable[[], tuple[Any, ...]],
+        donate: tuple[int, ...] = (),
+    ) -> Compiled:
+        if key not in self._compiled:
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding)
+            self._compiled[key] = jitted.lower(*inputs()).compile()
+        return self._compiled[key]
+
+    # Abstract arguments.
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
+
+    def _float(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._array(shape, jnp.dtype(self.spec.dtype))
+
+    def _device_int(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._array(shape, np.int32)
+
+    def _int(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    def _dense(self, name: str) -> jax.ShapeDtypeStruct:
+        shape = dense_shapes(self.spec)[name]
+        return self._array(shape.shape, shape.dtype)
+
+    def _leaves(self, kind: str) -> list[jax.ShapeDtypeStruct]:
+        index = self._kinds.index(kind)
+        return [self._dense(f"layers.{index}.{path}") for path in self.layer_paths(kind)]
+
+    def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
+        return [self._dense(path) for path in top_definition(self.spec)[1]]
+
+    def _pool(self) -> jax.ShapeDtypeStruct:
+        return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
+
+    def _layer_inputs(self, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        attention = self.spec.attention
+        cache = self._float(self.batch, self.context, attention.kv_heads, attention.head_dim)
+        return (cache, cache, self._int(self.batch, width), self._int())
+
+    def _routed(self, width: int) -> steps.Routed:
+        hidden = self._float(self.batch, width, self.spec.hidden)
+        chosen = (self.batch, width, self.spec.experts.top_k)
+        weights = jnp.dtype(self.spec.dtype if self.spec.router.dtype == "model" else np.float32)
+        return steps.Routed(hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights))
+
+    def _sorted(self, width: int) -> tuple[steps.SortedRows, jax.ShapeDtypeStruct]:
+        rows = self.batch * width * self.spec.experts.top_k
+        flat = self._float(rows, self.spec.hidden)
+        sizes = self._device_int(self.spec.experts.count)
+        return steps.SortedRows(flat, self._device_int(rows), sizes), flat
+
+    def _carried(self, width: int, kind: str) -> Any:
+        if kind == "dense":
+            return self._float(self.batch, width, self.spec.hidden)
+        if width == 1:
+            return self._routed(1), self._pool(), self._int(self.spec.experts.count)
+        rows, outputs = self._sorted(width)
+        return self._routed(width), rows.order, outputs
+
+    def _sampling_inputs(self) -> tuple[Any, ...]:
+        seen = self._array((self.batch, self.spec.vocab), np.bool_)
+        options = sampling_arrays(SamplingOptions(), self.batch)
+        return seen, self._int(self.batch), SamplingArrays(*(self._array(o.shape, o.dtype) for o in options))
+
+
+def chunk_widths(chunk: int) -> tuple[int, ...]:
+    """Widths that a prompt is cut into: `chunk`, and a fourth and a sixteenth of it for what is left over."""
+    return tuple(sorted({max(2, width) for width in (chunk // 16, chunk // 4, chunk)}))

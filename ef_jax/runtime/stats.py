@@ -1,0 +1,111 @@
+"""What a run did: hits, misses, bytes, stalls, tokens a second; per phase and per layer."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PhaseStats:
+    """Counts of one phase (prefill or decode). Lists have one entry an MoE layer; bytes are bytes over the link."""
+
+    hits: list[int]
+    late_hits: list[int]
+    misses: list[int]
+    bytes_demand: int = 0
+    bytes_prefetch: int = 0
+    bytes_wasted: int = 0
+    seconds: float = 0.0
+    stall_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, layers: int) -> "PhaseStats":
+        """Zeros for a model with `layers` MoE layers."""
+        return cls(hits=[0] * layers, late_hits=[0] * layers, misses=[0] * layers)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Stats:
+    """Counters since loading or the last `reset`.
+
+    A hit, late hit or miss is one distinct expert that one layer of one step (or prompt chunk) needs. `stall_seconds`
+    is host time spent in handing over demand copies and waiting for them where the platform makes them synchronous;
+    the share of a copy that a device hides or waits for on its own is not in it. `peak_device_bytes` is the largest
+    sum of live arrays in device memory seen at the end of a phase, plus the temporary bytes of the largest program.
+    """
+
+    layers: int
+    experts: int
+    slots: int
+    staging_slots: int
+    prefill: PhaseStats
+    decode: PhaseStats
+    peak_device_bytes: int = 0
+
+    @classmethod
+    def empty(cls, *, layers: int, experts: int, slots: int, staging_slots: int) -> "Stats":
+        """Zeros for an engine with `slots` cache slots for `experts` expert blocks."""
+        return cls(
+            layers=layers,
+            experts=experts,
+            slots=slots,
+            staging_slots=staging_slots,
+            prefill=PhaseStats.empty(layers),
+            decode=PhaseStats.empty(layers),
+        )
+
+    def reset(self) -> None:
+        """Back to zero, the peak included."""
+        self.prefill, self.decode = PhaseStats.empty(self.layers), PhaseStats.empty(self.layers)
+        self.peak_device_bytes = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens over decode time; 0 before the first."""
+        return self.decode.tokens / self.decode.seconds if self.decode.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types: totals over both phases, per-layer lists, and each phase."""
+        phases = (self.prefill, self.decode)
+        total = {
+            name: sum(getattr(phase, name) for phase in phases)
+            for name in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds")
+        }
+        by_layer = {
+            name: [a + b for a, b in zip(getattr(self.prefill, name), getattr(self.decode, name), strict=True)]
+            for name in ("hits", "late_hits", "misses")
+        }
+        return {
+            "prefill_seconds": self.prefill.seconds,
+            "decode_seconds": self.decode.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            **{name: sum(values) for name, values in by_layer.items()},
+            **total,
+            "peak_device_bytes": self.peak_device_bytes,
+            "slots": self.slots,
+            "staging_slots": self.staging_slots,
+            "experts": self.experts,
+            **{f"{name}_by_layer": values for name, values in by_layer.items()},
+            "prefill": dataclasses.asdict(self.prefill),
+            "decode": dataclasses.asdict(self.decode),
+        }
+
+    def table(self) -> str:
+        """A few lines to read: one row a phase."""
+        head = f"{'':8} {'tokens':>7} {'seconds':>8} {'tok/s':>8} {'hits':>8} {'misses':>8} {'hit %':>6} {'MB moved':>9} {'stall s':>8}"
+        lines = [head]
+        for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
+            hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses)
+            rate = phase.tokens / phase.seconds if phase.seconds else 0.0
+            share = 100 * hits / (hits + misses) if hits + misses else 0.0
+            moved = (phase.bytes_demand + phase.bytes_prefetch) / 1e6
+            lines.append(
+                f"{name:8} {phase.tokens:7d} {phase.seconds:8.2f} {rate:8.1f} {hits:8d} {misses:8d} {share:6.1f} "
+                f"{moved:9.1f} {phase.stall_seconds:8.2f}"
+            )
+        lines.append(
+            f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
+            f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"
+        )
+        return "\n".join(lines)

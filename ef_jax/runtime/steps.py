@@ -1,0 +1,128 @@
+"""The pure functions that the engine compiles: one decoder layer forward, with the experts before it.
+
+A layer's program starts with the experts of the layer before (whose slots the host has just filled) and ends with its
+own router, so that a layer costs one dispatch. Decoding keeps the experts inside that program; a prompt's chunk runs
+them in waves of their own (`run_wave`) on rows sorted by expert.
+
+Arrays of a layer travel as plain lists of leaves; modules are rebuilt inside the trace (`merge_layer`).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from ef_jax.nn import layer_definition, merge_layer
+from ef_jax.spec import ModelSpec
+from pallas_kernels import grouped_ffn
+
+Leaves = Sequence[jax.Array]
+
+DECODE_TILE_ROWS = 8
+PREFILL_TILE_ROWS = 32
+
+
+class Routed(NamedTuple):
+    """A layer between its router and its experts: residual, normed input, chosen experts (-1: padding), weights."""
+
+    x: Float[Array, "B T D"]
+    h: Float[Array, "B T D"]
+    ids: Int32[Array, "B T K"]
+    weights: Float[Array, "B T K"]
+
+
+class SortedRows(NamedTuple):
+    """Routed rows in expert order: `rows[i]` is row `order[i]` of the flat `[B*T*K]` list; `sizes` rows an expert."""
+
+    rows: Float[Array, "M D"]
+    order: Int32[Array, "M"]
+    sizes: Int32[Array, "E"]
+
+
+def sort_rows(routed: Routed, experts: int) -> SortedRows:
+    """Rows of a chunk sorted by expert, ties in token order; padding rows come last."""
+    top_k = routed.ids.shape[-1]
+    flat = routed.ids.reshape(-1)
+    group = jnp.where(flat < 0, experts, flat)
+    order = jnp.argsort(group, stable=True).astype(jnp.int32)
+    sizes = jnp.zeros(experts + 1, jnp.int32).at[group].add(1)[:experts]
+    hidden = routed.h.reshape(-1, routed.h.shape[-1])
+    return SortedRows(hidden[order // top_k], order, sizes)
+
+
+def combine(outputs: Float[Array, "M D"], order: Int32[Array, "M"], weights: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+    """Weighted sum of each token's K expert outputs, in the router's order, in f32."""
+    batch, tokens, top_k = weights.shape
+    unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+    per_token = unsorted.reshape(batch, tokens, top_k, -1).astype(jnp.float32)
+    scale = weights.astype(jnp.float32)[..., None]
+    total = per_token[:, :, 0] * scale[:, :, 0]
+    for k in range(1, top_k):
+        total = total + per_token[:, :, k] * scale[:, :, k]
+    return total.astype(outputs.dtype)
+
+
+def run_experts(
+    spec: ModelSpec, routed: Routed, pool: Shaped[Array, "S 3 F D"], slot_row: Int32[Array, "E"]
+) -> Float[Array, "B T D"]:
+    """The routed experts of a decode step, straight from their slots."""
+    with jax.named_scope("experts"):
+        rows = sort_rows(routed, spec.experts.count)
+        outputs = grouped_ffn(
+            rows.rows, pool, slot_row, rows.sizes, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS
+        )
+        return combine(outputs, rows.order, routed.weights)
+
+
+def run_wave(
+    spec: ModelSpec,
+    rows: SortedRows,
+    out: Float[Array, "M D"],
+    pool: Shaped[Array, "S 3 F D"],
+    slot_row: Int32[Array, "E"],
+) -> Float[Array, "M D"]:
+    """Outputs of the experts that `slot_row` gives a slot; other rows keep what `out` holds."""
+    with jax.named_scope("wave"):
+        return grouped_ffn(
+            rows.rows,
+            pool,
+            slot_row,
+            rows.sizes,
+            activation=spec.experts.activation,
+            tile_rows=PREFILL_TILE_ROWS,
+            out=out,
+        )
+
+
+def finish_experts(spec: ModelSpec, leaves: Leaves, routed: Routed, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The residual stream after an MoE layer."""
+    layer = merge_layer(layer_definition(spec, "moe")[0], leaves)
+    return layer.finish(routed.x, routed.h, output)
+
+
+def enter_layer(
+    spec: ModelSpec,
+    ffn: str,
+    leaves: Leaves,
+    x: Float[Array, "B T D"],
+    k: Float[Array, "B C N H"],
+    v: Float[Array, "B C N H"],
+    positions: Int32[Array, "B T"],
+    window: Int32[Array, ""],
+) -> tuple[Routed | Float[Array, "B T D"], Float[Array, "B C N H"], Float[Array, "B C N H"]]:
+    """Attention of a layer, then its router, or its whole dense network.
+
+    Returns:
+      `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated keys and values.
+    """
+    layer = merge_layer(layer_definition(spec, ffn)[0], leaves)
+    with jax.named_scope("attend"):
+        x, k, v = layer.attend(x, k, v, positions, window)
+    if ffn == "dense":
+        with jax.named_scope("dense_ffn"):
+            return layer.finish(x, layer.ffn_input(x), None), k, v
+    with jax.named_scope("route"):
+        h, ids, weights = layer.route(x)
+    return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), k, v

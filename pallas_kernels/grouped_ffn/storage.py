@@ -1,0 +1,24 @@
+"""How expert blocks are stored in the slot pool: 16-bit floats as their bits (`uint16`).
+
+XLA:CPU rewrites `convert(dynamic_slice(pool))` to a slice of the whole converted pool, once a loop: measured on
+jax 0.10.2, a 400 MB bfloat16 pool costs 197 ms a call that way against 3 ms as `uint16` (8 blocks of 3 MB read).
+Integers are never converted, and turning a slice's bits back into floats is free.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+
+def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """Dtype that a block of `dtype` weights has in host store and slot pool: `uint16` for 16-bit floats."""
+    dtype = jnp.dtype(dtype)
+    return np.dtype(np.uint16) if dtype.itemsize == 2 else np.dtype(dtype)
+
+
+def from_storage(stored: Shaped[Array, "*shape"], dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
+    """The same values as `dtype` floats; free inside a jitted program."""
+    if stored.dtype == jnp.dtype(dtype):
+        return stored
+    return jax.lax.bitcast_convert_type(stored, dtype)
