@@ -1,0 +1,85 @@
+"""Reading the rotary embedding of a `config.json`, in both spellings that transformers has had."""
+
+import functools
+from typing import Literal
+
+from ef_jax._config_fields import ConfigFields
+from ef_jax.errors import UnsupportedError
+from ef_jax.spec import RopeSpec
+
+_ROPE_DEFAULTS: dict[str, object] = {"rope_type": "default", "truncate": True}
+
+_ROPE_KINDS: dict[str, Literal["default", "linear", "yarn", "llama3"]] = {
+    "default": "default",
+    "linear": "linear",
+    "yarn": "yarn",
+    "llama3": "llama3",
+}
+
+
+def rope_from_config(fields: ConfigFields, dim: int) -> RopeSpec:
+    """The rope of a config: `rope_parameters` (transformers 5), or `rope_scaling` beside a `rope_theta` (4).
+
+    Args:
+      fields: the whole config.
+      dim: head width.
+    """
+    theta = fields.number("rope_theta")
+    original = fields.optional_integer("original_max_position_embeddings")
+    context = fields.integer("max_position_embeddings")
+    found: list[RopeSpec] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        values = fields.mapping(name)
+        if not values:
+            continue
+        inner = ConfigFields(values, _ROPE_DEFAULTS | {"rope_theta": theta}, prefix=f"{name}.")
+        found.append(_rope_spec(inner, original, context, dim))
+        if fields.given("rope_theta") and found[-1].theta != theta:
+            raise UnsupportedError(f"rope_theta is {theta:g} but {name}.rope_theta is {found[-1].theta:g}")
+    if len(set(found)) > 1:
+        raise UnsupportedError("rope_parameters and rope_scaling describe different embeddings: they must agree")
+    return found[0] if found else RopeSpec(theta=theta, dim=dim)
+
+
+def _rope_spec(fields: ConfigFields, original: int | None, context: int, dim: int) -> RopeSpec:
+    kind = fields.choice("rope_type", "type", choices=_ROPE_KINDS)
+    fields.must_be("partial_rotary_factor", (None, 1.0), "rotating only a part of each head is not supported")
+    theta = fields.number("rope_theta")
+    base = functools.partial(RopeSpec, kind=kind, theta=theta, dim=dim)
+    if kind == "default":
+        spec = base()
+    elif kind == "linear":
+        spec = base(factor=fields.number("factor"))
+    elif kind == "yarn":
+        if theta <= 1:
+            raise UnsupportedError(f"rope_theta must be above 1 for yarn, got {theta:g}")
+        spec = base(
+            factor=fields.number("factor"),
+            original_max_position=_original_context(fields, original, context),
+            attention_factor=fields.optional_number("attention_factor"),
+            beta_fast=fields.optional_number("beta_fast") or 32.0,
+            beta_slow=fields.optional_number("beta_slow") or 1.0,
+            mscale=fields.optional_number("mscale"),
+            mscale_all_dim=fields.optional_number("mscale_all_dim"),
+            truncate=fields.flag("truncate"),
+        )
+    else:
+        low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
+        if high <= low:
+            raise UnsupportedError(f"high_freq_factor must be above low_freq_factor, got {high:g} and {low:g}")
+        spec = base(
+            factor=fields.number("factor"),
+            original_max_position=_original_context(fields, original, context),
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    fields.close(())
+    return spec
+
+
+def _original_context(fields: ConfigFields, original: int | None, context: int) -> int:
+    """The context length before stretching: from the rope parameters or beside them, else the whole context."""
+    inner = fields.optional_integer("original_max_position_embeddings")
+    if original is not None and inner not in (None, original):
+        raise UnsupportedError(f"original_max_position_embeddings is {original}, but {inner} in the rope parameters")
+    return inner or original or context
