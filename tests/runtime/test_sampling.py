@@ -120,7 +120,7 @@ def test_greedy_takes_the_first_largest_and_its_logprob() -> None:
     assert tokens.tolist() == [1, 0]
     assert tokens.dtype == jnp.int32
     expected = [row[i] - np.log(np.exp(row).sum()) for row, i in zip(logits.astype(np.float64), [1, 0], strict=True)]
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-6)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-6)
 
 
 def test_greedy_obeys_the_repetition_penalty_but_logprobs_are_of_raw_logits() -> None:
