@@ -15,6 +15,8 @@ import hypothesis
 import jax
 from jaxtyping import install_import_hook
 
+from tests.cuda import aot
+
 # Every annotation of these packages is checked; an int passes for a float, as type checkers have it. (jaxtyping's
 # pytest option cannot take several packages together with a configured checker.)
 install_import_hook(
@@ -34,6 +36,8 @@ _ROOT = Path(__file__).parent.parent
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with EF_JAX_TEST_GPU=1 where jax sees one")
+    if item.get_closest_marker("cuda_compile") and (reason := aot.missing()):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
