@@ -72,12 +72,12 @@ class ConfigFields:
                 self._refuse(names, value, f"integers from 0 to {below - 1}")
         return tuple(items)
 
-    def choice(self, *names: str, choices: Mapping[str, _T]) -> _T:
-        """What `choices` gives for the string."""
+    def choice(self, *names: str, choices: Mapping[str | None, _T]) -> _T:
+        """What `choices` gives for the string, or for null where it has that."""
         value = self.raw(*names)
-        if isinstance(value, str) and value in choices:
+        if (value is None or isinstance(value, str)) and value in choices:
             return choices[value]
-        return self._refuse(names, value, f"one of {', '.join(choices)}")
+        return self._refuse(names, value, f"one of {', '.join(filter(None, choices))}")
 
     def mapping(self, *names: str) -> Mapping[str, object] | None:
         """An object with string keys, or None."""

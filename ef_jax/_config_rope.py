@@ -9,7 +9,7 @@ from ef_jax.spec import RopeSpec
 
 _ROPE_DEFAULTS: dict[str, object] = {"rope_type": "default", "truncate": True}
 
-_ROPE_KINDS: dict[str, Literal["default", "linear", "yarn", "llama3"]] = {
+_ROPE_KINDS: dict[str | None, Literal["default", "linear", "yarn", "llama3"]] = {
     "default": "default",
     "linear": "linear",
     "yarn": "yarn",

@@ -89,7 +89,6 @@ _DEFAULTS: dict[str, object] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "dtype": "float32",  # what torch makes of a config without one
     "attention_bias": False,
     "norm_topk_prob": False,
 }
@@ -193,7 +192,7 @@ _FAMILIES: dict[str, _Family] = {
     ),
 }
 
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str | None, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -202,7 +201,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
-_DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
+_DTYPES: dict[str | None, Literal["bfloat16", "float16", "float32"]] = {
+    None: "float32",  # what torch makes of a config without one
     "bfloat16": "bfloat16",
     "float16": "float16",
     "float32": "float32",
