@@ -1,0 +1,99 @@
+"""Attention over the cache: what is seen, what is written, and that blocking and company change no bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ef_jax import nn
+
+
+def inputs(tokens: int, context: int, *, heads: int = 4, kv_heads: int = 2, dtype: str = "float32", batch: int = 2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (batch, tokens, heads, 8), dtype)
+    k, v = (jax.random.normal(key, (batch, context, kv_heads, 8), dtype) for key in keys[1:])
+    return q, k, v
+
+
+def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
+    """One query and one head at a time, in float64, over the visible keys only."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        p = positions[b, t]
+        seen = slice(max(0, p - window + 1), p + 1)
+        scores = k[b, seen, h // group].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 3, nn.FULL_WINDOW])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 70])
+def test_against_one_query_at_a_time(tokens: int, heads: int, window: int) -> None:
+    q, k, v = inputs(tokens, 80, heads=heads)
+    positions = np.stack([np.arange(tokens), np.arange(tokens)[::-1] + 9]).astype(np.int32)
+    out = nn.attend(q, k, v, jnp.asarray(positions), jnp.int32(window))
+    np.testing.assert_allclose(out, naive(*map(np.asarray, (q, k, v)), positions, window), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_give_the_bits_of_one_call_a_block(dtype: str) -> None:
+    q, k, v = inputs(150, 160, dtype=dtype)
+    positions = jnp.broadcast_to(jnp.arange(150, dtype=jnp.int32), (2, 150))
+    attend = jax.jit(nn.attend)
+    whole = attend(q, k, v, positions, jnp.int32(40))
+    for start in (0, 64):
+        part = slice(start, start + nn.QUERY_BLOCK)
+        alone = attend(q[:, part], k, v, positions[:, part], jnp.int32(40))
+        np.testing.assert_array_equal(whole[:, part], alone)
+
+
+def test_blocks_bound_the_workspace() -> None:
+    q, k, v = inputs(512, 512, batch=1)
+    positions = jnp.arange(512, dtype=jnp.int32)[None]
+    memory = jax.jit(nn.attend).lower(q, k, v, positions, jnp.int32(nn.FULL_WINDOW)).compile().memory_analysis()
+    scores = 4 * 512 * 512 * 4  # bytes of all the scores at once
+    assert memory.temp_size_in_bytes < scores / 2
+
+
+def test_a_lone_bfloat16_row_is_padded_without_effect() -> None:
+    q, k, v = inputs(1, 32, heads=2, dtype="bfloat16")
+    positions = jnp.asarray([[7], [31]], jnp.int32)
+    out = nn.attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
+    expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), np.asarray(positions), nn.FULL_WINDOW)
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03)
+
+
+def test_padding_is_finite_and_touches_nothing() -> None:
+    q, k, v = inputs(3, 8)
+    positions = jnp.asarray([[0, 1, 2], [-1, 0, -1]], jnp.int32)
+    out = nn.attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(out[1, 1], v[1, 0].repeat(2, axis=0))  # it sees its own position only
+    new = jnp.ones((2, 3, 2, 8))
+    written = np.asarray(nn.write_cache(k, new, positions))
+    changed = (written != np.asarray(k)).any((-1, -2))
+    np.testing.assert_array_equal(changed, [[True] * 3 + [False] * 5, [True] + [False] * 7])
+
+
+def test_positions_beyond_the_cache_are_dropped() -> None:
+    _, k, _ = inputs(1, 8)
+    written = nn.write_cache(k, jnp.ones((2, 1, 2, 8)), jnp.asarray([[8], [2**30]], jnp.int32))
+    np.testing.assert_array_equal(written, k)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 65])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear(rows: int, dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(rows), 3)
+    x, weight, bias = (
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [(rows, 24), (40, 24), (40,)], strict=True)
+    )
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T + np.asarray(bias, np.float64)
+    out = nn.linear(x, weight, bias)
+    assert out.dtype == x.dtype
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), expected, rtol=2**-8 if dtype == "bfloat16" else 1e-5, atol=1e-5
+    )
