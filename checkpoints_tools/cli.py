@@ -1,0 +1,155 @@
+"""`ef-convert`: converts, inspects and verifies checkpoints."""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from checkpoints_tools.destination import remove
+from checkpoints_tools.inspection import as_table, inspect
+from checkpoints_tools.to_huggingface import convert_to_huggingface
+from checkpoints_tools.to_orbax import convert_to_orbax
+from checkpoints_tools.verification import verify
+from ef_jax.errors import CheckpointError, InputError
+from ef_jax.weights import Checkpoint, open_checkpoint
+from ef_jax.weights.converted import ConvertedCheckpoint
+from ef_jax.weights.dtypes import WEIGHT_DTYPES
+from ef_jax.weights.huggingface import HuggingFaceCheckpoint
+
+_EXIT_BAD_INPUT = 2
+_EXIT_DEFECT = 1
+_EXIT_INTERRUPTED = 130
+
+_DESCRIPTION = """Convert a Hugging Face MoE checkpoint to an Orbax checkpoint with one array an expert, and back.
+A conversion that was interrupted goes on when the same command is run again."""
+
+_EPILOG = """other forms:
+  ef-convert inspect PATH [--verify] [--json]   print what is inside a checkpoint of either format
+  ef-convert PATH --verify                      read every weight and compare it with its checksum"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ef-convert`; the exit code: 0, 2 for bad input, 130 if interrupted, 1 for a defect."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        contents, as_json = _run(words)
+    except InputError as error:
+        return _fail(str(error), _EXIT_BAD_INPUT, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted: run the same command again to go on", _EXIT_INTERRUPTED, debug)
+    except Exception as error:
+        return _fail(f"defect: {type(error).__name__}: {error} (--debug shows where)", _EXIT_DEFECT, debug)
+    print(json.dumps(contents) if as_json else as_table(contents))
+    return 0
+
+
+def _run(words: list[str]) -> tuple[dict[str, Any], bool]:
+    if words[:1] == ["inspect"]:
+        options = _inspect_parser().parse_args(words[1:])
+        with open_checkpoint(options.path) as checkpoint:
+            if options.verify:
+                verify(checkpoint)
+            return inspect(checkpoint) | ({"verified": True} if options.verify else {}), options.json
+    # Plain parse_args would not take SRC --to huggingface DST.
+    options = _convert_parser().parse_intermixed_args(words)
+    start = time.monotonic()
+    with open_checkpoint(options.source, options.dtype) as checkpoint:
+        if options.destination is not None:
+            contents = _convert(checkpoint, Path(options.destination), options)
+        elif options.verify:
+            verify(checkpoint)
+            contents = {"path": str(checkpoint.path), "bytes": checkpoint.nbytes, "verified": True}
+        else:
+            raise InputError("a destination is missing: ef-convert SRC DST, or ef-convert PATH --verify")
+    return contents | {"seconds": round(time.monotonic() - start, 3)}, options.json
+
+
+def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namespace) -> dict[str, Any]:
+    if isinstance(checkpoint, HuggingFaceCheckpoint) and options.to in (None, "orbax"):
+        _keep_off_accelerators()
+        manifest = convert_to_orbax(checkpoint, destination, options.dtype)
+        dtype = None
+    elif isinstance(checkpoint, ConvertedCheckpoint) and options.to == "huggingface":
+        manifest = checkpoint.manifest
+        dtype = manifest.dtype
+        convert_to_huggingface(checkpoint, destination)
+    else:
+        other = "huggingface" if checkpoint.format == "converted" else "orbax"
+        raise InputError(f"{str(checkpoint.path)!r} is a {checkpoint.format} checkpoint: it converts --to {other}")
+    with open_checkpoint(destination, dtype) as written:
+        if options.verify:
+            try:
+                verify(written, manifest)
+            except CheckpointError:
+                remove(destination)
+                raise
+        return {
+            "source": str(checkpoint.path),
+            "destination": str(destination),
+            "format": written.format,
+            "family": written.spec.family,
+            "dtype": written.spec.dtype,
+            "bytes": written.nbytes,
+            "experts": written.spec.total_experts,
+            "verified": options.verify,
+        }
+
+
+def _keep_off_accelerators() -> None:
+    """Orbax starts a JAX backend; arrays on the host need none that takes an accelerator's memory."""
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a usage error like any other bad input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ef-convert",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hugging Face or converted")
+    parser.add_argument("destination", metavar="DST", nargs="?", help="directory to write; must not exist")
+    parser.add_argument("--to", choices=("orbax", "huggingface"), help="format to write (default: orbax)")
+    parser.add_argument("--dtype", choices=tuple(WEIGHT_DTYPES), help="convert the weights (default: as stored)")
+    _add_common(parser)
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ef-convert inspect", description="Print what is inside a checkpoint.")
+    parser.add_argument("path", metavar="PATH", help="checkpoint directory, Hugging Face or converted")
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="read every weight back and compare checksums")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"ef-convert: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

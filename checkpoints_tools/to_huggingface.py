@@ -1,0 +1,131 @@
+"""Our converted checkpoint -> Hugging Face: the same files, names and bytes that it was made from."""
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from checkpoints_tools.destination import check_new, staged
+from ef_jax.errors import CheckpointError
+from ef_jax.progress import Progress
+from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
+from ef_jax.weights.directory import CARRIED_FILES, plain_file_name, read_json_object, read_text_file
+from ef_jax.weights.dtypes import CODE_OF_NAME, WEIGHT_DTYPES, as_bytes
+from ef_jax.weights.hf_layout import Piece
+from ef_jax.weights.huggingface import copy_rows
+from ef_jax.weights.manifest import HEADERS_FILE
+from ef_jax.weights.safetensors import TensorEntry, parse_header
+
+_INDEX = "model.safetensors.index.json"
+_Key = str | tuple[int, int]
+
+
+def convert_to_huggingface(source: ConvertedCheckpoint, destination: Path, show_progress: bool | None = None) -> None:
+    """Write the Hugging Face checkpoint that `source` was made from to the new directory `destination`.
+
+    Args:
+      source: an open converted checkpoint.
+      destination: must not exist.
+      show_progress: draw a progress bar; None does so on a terminal.
+
+    Raises:
+      CheckpointError: the source cannot be read or is inconsistent.
+      InputError: the destination cannot be used or written. Either way nothing is left of it.
+    """
+    directory = source.path / SOURCE
+    headers = _headers(directory / HEADERS_FILE)
+    tensors = {name: parse_header(header, f"{HEADERS_FILE}: {name}") for name, header in headers.items()}
+    _check_tensors(source, {tensor: entry for file in tensors.values() for tensor, entry in file.items()})
+    check_new(destination, source.nbytes + sum(map(len, headers.values())))
+    origin = _Origin(source)
+    with (
+        Progress(source.nbytes, "B", "writing", enabled=show_progress) as progress,
+        staged(destination) as stage,
+    ):
+        for name in (*CARRIED_FILES, _INDEX):
+            if (directory / name).exists():
+                (stage / name).write_bytes(read_text_file(directory / name))
+        for name, header in headers.items():
+            with open(stage / name, "wb") as file:
+                _write_file(file, header, tensors[name], origin, progress)
+
+
+def _write_file(
+    file: BinaryIO, header: bytes, tensors: dict[str, TensorEntry], origin: "_Origin", progress: Progress
+) -> None:
+    file.write(struct.pack("<Q", len(header)))
+    file.write(header)
+    for name in tensors:
+        for part in origin.parts(name):
+            file.write(as_bytes(part))
+            progress.update(part.nbytes)
+
+
+class _Origin:
+    """Where each Hugging Face tensor's bytes are in a converted checkpoint."""
+
+    def __init__(self, source: ConvertedCheckpoint) -> None:
+        self._source = source
+        self._pieces: dict[str, list[tuple[Piece, _Key]]] = defaultdict(list)
+        layout, spec = source.layout, source.spec
+        for name, array in layout.dense.items():
+            for piece in array.pieces:
+                self._pieces[piece.tensor].append((piece, name))
+        for layer in spec.moe_layers:
+            for expert in range(spec.experts.count):
+                for piece in layout.block(layer, expert):
+                    self._pieces[piece.tensor].append((piece, (layer, expert)))
+        if spec.tie_embeddings:
+            self._pieces["lm_head.weight"] = self._pieces["model.embed_tokens.weight"]
+        self._block = np.empty(spec.block_shape, WEIGHT_DTYPES[spec.dtype])
+        self._held: tuple[_Key, np.ndarray] | None = None
+
+    def parts(self, tensor: str) -> Iterator[np.ndarray]:
+        """The tensor's bytes, as contiguous arrays in order; each is valid until the next."""
+        if tensor in self._source.manifest.extra:
+            yield self._source.read_extra(tensor)
+            return
+        for piece, key in self._pieces[tensor]:
+            view = piece.view(self._array(key))
+            if piece.transposed:
+                part = np.empty(piece.shape, view.dtype)
+                copy_rows(view, part)
+                yield part
+            else:
+                yield view
+
+    def _array(self, key: _Key) -> np.ndarray:
+        # A file names an expert's three tensors in a row, so that holding one array saves most reads.
+        if self._held is None or self._held[0] != key:
+            if isinstance(key, str):
+                array = self._source.read_dense(key)
+            else:
+                array = self._block
+                self._held = None
+                self._source.read_block(*key, array)
+            self._held = (key, array)
+        return self._held[1]
+
+
+def _headers(path: Path) -> dict[str, bytes]:
+    headers = read_json_object(path)
+    for name, text in headers.items():
+        if not plain_file_name(name) or not name.endswith(".safetensors") or not isinstance(text, str):
+            raise CheckpointError(f"{str(path)!r} holds {name!r:.120}, which is not the header of a .safetensors file")
+    return {name: text.encode(errors="surrogatepass") for name, text in headers.items()}
+
+
+def _check_tensors(source: ConvertedCheckpoint, stored: dict[str, TensorEntry]) -> None:
+    """Refuse headers that do not describe exactly the arrays that the checkpoint holds."""
+    code = CODE_OF_NAME[source.spec.dtype]
+    expected = source.layout.tensors()
+    if source.spec.tie_embeddings and "lm_head.weight" in stored:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    extra = source.manifest.extra
+    weights = {name: (entry.dtype, entry.shape) for name, entry in stored.items() if name not in extra}
+    buffers = {name: entry.nbytes for name, entry in stored.items() if name in extra}
+    if weights != {name: (code, shape) for name, shape in expected.items()} or buffers != extra:
+        raise CheckpointError(f"{str(source.path)!r}: {SOURCE}/{HEADERS_FILE} and source/config.json disagree")
