@@ -7,11 +7,12 @@ floor, and the layer that needs room; and which experts of that layer the runnin
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Key = tuple[int, int]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What the residency table asks of an eviction policy."""
 

@@ -3,6 +3,7 @@
 from ef_jax.nn.attention import FULL_WINDOW as FULL_WINDOW
 from ef_jax.nn.attention import QUERY_BLOCK as QUERY_BLOCK
 from ef_jax.nn.attention import attend as attend
+from ef_jax.nn.attention import cache_shape as cache_shape
 from ef_jax.nn.attention import write_cache as write_cache
 from ef_jax.nn.decoder import Decoder as Decoder
 from ef_jax.nn.decoder import DecoderLayer as DecoderLayer

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.nn.attention import Attention
@@ -39,24 +39,27 @@ class DecoderLayer(nnx.Module):
     def attend(
         self,
         x: Float[Array, "B T D"],
-        k: Float[Array, "B C N hd"],
-        v: Float[Array, "B C N hd"],
+        k: Shaped[Array, "B N C hd"],
+        v: Shaped[Array, "B N C hd"],
         positions: Int32[Array, "B T"],
         window: Int32[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B C N hd"], Float[Array, "B C N hd"]]:
+        span: int | None = None,
+    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "B N C hd"], Shaped[Array, "B N C hd"]]:
         """The residual stream after attention, and the updated key and value caches.
 
         Args:
           x: residual stream.
-          k: key cache of context length C, indexed by position, with N key/value heads.
+          k: key cache (`cache_shape`) of context length C, indexed by position, with N key/value heads.
           v: value cache, likewise.
           positions: each token's position; negative marks padding, which writes nothing and whose output is
             finite and meaningless.
           window: a token at position p sees positions `p - window + 1 .. p`; `FULL_WINDOW` hides nothing. Traced,
             so that sliding and full layers share a compiled program.
+          span: static; only the cache's first `span` positions are read, for steps that are known not to be past
+            them. None reads all C.
         """
         with jax.named_scope("attend"):
-            out, k, v = self.attn(self.attn_norm(x), k, v, positions, window)
+            out, k, v = self.attn(self.attn_norm(x), k, v, positions, window, span)
             return x + out, k, v
 
     def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

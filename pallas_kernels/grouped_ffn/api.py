@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
@@ -31,14 +32,14 @@ def choose_backend(implementation: str | None) -> str:
 
 
 def grouped_ffn(
-    x_sorted: Float[Array, "M D"],
-    pool: Shaped[Array, "S 3 F D"],
-    slot_of_group: Int32[Array, "G"],
-    group_sizes: Int32[Array, "G"],
+    x_sorted: Float[Array | np.ndarray, "M D"],
+    pool: Shaped[Array | np.ndarray, "..."],
+    slot_of_group: Int32[Array | np.ndarray, "..."],
+    group_sizes: Int32[Array | np.ndarray, "..."],
     *,
     activation: str = "silu",
     tile_rows: int = 8,
-    out: Float[Array, "M D"] | None = None,
+    out: Float[Array | np.ndarray, "M D"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M D"]:
     """`down(act(gate(x)) * up(x))` of each row with its group's expert block, read in place from the pool.
@@ -48,9 +49,9 @@ def grouped_ffn(
 
     Args:
       x_sorted: rows, bfloat16, float16 or float32.
-      pool: expert blocks (gate, up, transposed down), of x's dtype or its bits (`storage_dtype`).
-      slot_of_group: slot of each group's block; -1 skips the group.
-      group_sizes: rows of each group; they sum to at most M.
+      pool: `[S, 3, F, D]` expert blocks (gate, up, transposed down), of x's dtype or its bits (`storage_dtype`).
+      slot_of_group: `[G]`, slot of each group's block; -1 skips the group.
+      group_sizes: `[G]`, rows of each group; they sum to at most M.
       activation: of the gate, a key of `ACTIVATIONS`.
       tile_rows: height of a tile; part of the result's rounding, so keep it fixed.
       out: what rows of skipped groups, and rows past the last group, hold afterwards; zeros where None.
@@ -74,7 +75,6 @@ def grouped_ffn(
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if tile_rows < 1:
         raise ValueError(f"tile_rows must be positive, got {tile_rows}")
-    if out is None:
-        out = jnp.zeros_like(x_sorted)
+    out = jnp.zeros_like(x_sorted) if out is None else jnp.asarray(out)
     run = BACKENDS[choose_backend(implementation)]
     return run(x_sorted, pool, slot_of_group, group_sizes, out, activation=activation, tile_rows=tile_rows)

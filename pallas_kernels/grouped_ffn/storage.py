@@ -17,6 +17,12 @@ def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return np.dtype(np.uint16) if dtype.itemsize == 2 else np.dtype(dtype)
 
 
+def to_storage(values: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The floats as they are stored, the inverse of `from_storage`."""
+    stored = storage_dtype(values.dtype)
+    return values if values.dtype == stored else jax.lax.bitcast_convert_type(values, stored)
+
+
 def from_storage(stored: Shaped[Array, "*shape"], dtype: jax.typing.DTypeLike) -> Float[Array, "*shape"]:
     """The same values as `dtype` floats; free inside a jitted program."""
     if stored.dtype == jnp.dtype(dtype):

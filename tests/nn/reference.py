@@ -116,8 +116,8 @@ class Model:
         for index, layer in enumerate(spec.layers):
             definition, paths = nn.layer_definition(spec, layer.ffn)
             self.layers.append(nn.merge_layer(definition, [dense[f"layers.{index}.{path}"] for path in paths]))
-        shape = (batch, context, spec.attention.kv_heads, spec.attention.head_dim)
-        self.caches = [(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in spec.layers]
+        cache = nn.cache_shape(spec, batch, context)
+        self.caches = [(jnp.zeros(cache.shape, cache.dtype),) * 2 for _ in spec.layers]
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Logits [B, T, V] of tokens [B, T] at positions [B, T]; the caches are updated."""

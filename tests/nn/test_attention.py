@@ -11,20 +11,20 @@ from ef_jax import nn
 def inputs(tokens: int, context: int, *, heads: int = 4, kv_heads: int = 2, dtype: str = "float32", batch: int = 2):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (batch, tokens, heads, 8), dtype)
-    k, v = (jax.random.normal(key, (batch, context, kv_heads, 8), dtype) for key in keys[1:])
+    k, v = (jax.random.normal(key, (batch, kv_heads, context, 8), dtype) for key in keys[1:])
     return q, k, v
 
 
 def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
     """One query and one head at a time, in float64, over the visible keys only."""
     out = np.zeros(q.shape)
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // k.shape[1]
     for b, t, h in np.ndindex(*q.shape[:3]):
         p = positions[b, t]
         seen = slice(max(0, p - window + 1), p + 1)
-        scores = k[b, seen, h // group].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
+        scores = k[b, h // group, seen].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+        out[b, t, h] = weights @ v[b, h // group, seen] / weights.sum()
     return out
 
 
@@ -71,10 +71,10 @@ def test_padding_is_finite_and_touches_nothing() -> None:
     positions = jnp.asarray([[0, 1, 2], [-1, 0, -1]], jnp.int32)
     out = nn.attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
     assert np.isfinite(out).all()
-    np.testing.assert_array_equal(out[1, 1], v[1, 0].repeat(2, axis=0))  # it sees its own position only
+    np.testing.assert_array_equal(out[1, 1], v[1, :, 0].repeat(2, axis=0))  # it sees its own position only
     new = jnp.ones((2, 3, 2, 8))
     written = np.asarray(nn.write_cache(k, new, positions))
-    changed = (written != np.asarray(k)).any((-1, -2))
+    changed = (written != np.asarray(k)).any((1, 3))
     np.testing.assert_array_equal(changed, [[True] * 3 + [False] * 5, [True] + [False] * 7])
 
 

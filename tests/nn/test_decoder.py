@@ -68,8 +68,8 @@ def run(decoder: nn.Decoder, spec: ModelSpec, ids: np.ndarray, positions: np.nda
 
 
 def caches_for(spec: ModelSpec, batch: int, context: int = 24) -> list[Any]:
-    shape = (batch, context, spec.attention.kv_heads, spec.attention.head_dim)
-    return [(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in spec.layers]
+    cache = nn.cache_shape(spec, batch, context)
+    return [(jnp.zeros(cache.shape, cache.dtype),) * 2 for _ in spec.layers]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_padding_does_not_disturb(decoder: nn.Decoder) -> None:
     padded = run(decoder, spec, padded_ids, positions, caches)
     assert np.isfinite(padded).all()
     np.testing.assert_allclose(padded[:, 3:9], alone, atol=2e-5)
-    assert not np.asarray(caches[0][0])[:, 6:].any()
+    assert not np.asarray(caches[0][0])[:, :, 6:].any()
 
 
 def test_window_hides_the_past(decoder: nn.Decoder) -> None:
@@ -179,7 +179,7 @@ def test_one_program_serves_all_layers_of_a_kind() -> None:
         h, ids, weights = layer.route(x)
         return layer.finish(x, h, h), ids, weights, v
 
-    x, k = jnp.ones((1, 1, 32)), jnp.zeros((1, 16, 2, 8))
+    x, k = jnp.ones((1, 1, 32)), jnp.zeros((1, 2, 16, 8))
     for index, window in ((0, 4), (2, 2**30)):
         leaves = [jnp.full(shapes[f"layers.{index}.{path}"].shape, 0.1 * (index + 1)) for path in paths]
         out, ids, weights, _ = step(leaves, x, k, np.zeros((1, 1), np.int32), np.int32(window))
