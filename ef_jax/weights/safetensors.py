@@ -5,6 +5,7 @@ its own. This one reads ranges (`preadv`) into a packed expert block. Headers ar
 is written down: known dtypes, sizes that agree, no gaps, no overlaps, no duplicate names.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -192,6 +193,6 @@ def parse_json(data: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:number]))
+        (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {twice!r:.80}")
     return fields
