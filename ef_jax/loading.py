@@ -159,23 +159,22 @@ def plan_model(
             blocks_in_flight=in_flight,
         )
 
-    # The workspace does not depend on the number of slots, but the executables' shapes do: measure, then compile for
-    # the slots that the measured workspace leaves.
+    # Compiled for the slots that a plan without workspace has; then for those that the measured workspace leaves.
     plan = make_plan(spec, request, fixed(0))
+    programs = Programs(
+        spec,
+        batch=request.batch,
+        context=request.context,
+        chunk=request.chunk,
+        pool_slots=plan.slots + plan.staging_slots,
+        device=device,
+    )
     while True:
-        programs = Programs(
-            spec,
-            batch=request.batch,
-            context=request.context,
-            chunk=request.chunk,
-            pool_slots=plan.slots + plan.staging_slots,
-            device=device,
-        )
-        programs.compile_all()
+        programs.compile_largest()
         measured = make_plan(spec, request, fixed(programs.workspace_bytes))
-        if measured.slots + measured.staging_slots == plan.slots + plan.staging_slots:
+        if measured.slots + measured.staging_slots == programs.pool_slots:
             return measured, programs
-        plan = measured
+        programs = programs.with_pool_slots(measured.slots + measured.staging_slots)
 
 
 def _fill(residency: Residency, link: DeviceLink) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.nn import cache_shape
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
 
@@ -14,7 +15,7 @@ class Batch:
     """What decoding carries from step to step, for the engine's fixed number of sequences.
 
     Attributes:
-      k, v: one device array a decoder layer, `[B, C, N, hd]`; programs donate and replace them.
+      k, v: one device array a decoder layer, `[B, N, C, hd]` (`cache_shape`); programs donate and replace them.
       length: int32 `[B]`, tokens of each sequence in the cache.
       active: bool `[B]`; an inactive sequence is padding: it writes nothing and routes to no expert.
       seen: bool `[B, V]` on the device, tokens of prompt and text so far.
@@ -26,9 +27,8 @@ class Batch:
     def __init__(self, spec: ModelSpec, *, batch: int, context: int, device: jax.Device) -> None:
         self.sharding = jax.sharding.SingleDeviceSharding(device)
         self._vocab = spec.vocab
-        shape = (batch, context, spec.attention.kv_heads, spec.attention.head_dim)
-        dtype = jnp.dtype(spec.dtype)
-        zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=self.sharding)
+        cache = cache_shape(spec, batch, context)
+        zeros = jax.jit(lambda: jnp.zeros(cache.shape, cache.dtype), out_shardings=self.sharding)
         self.k = [zeros() for _ in spec.layers]
         self.v = [zeros() for _ in spec.layers]
         self.length = np.zeros(batch, np.int32)

@@ -48,6 +48,11 @@ class Engine:
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._prompt_experts = PromptExperts(residency, link)
 
+    def prepare(self, lengths: Sequence[int], until: int) -> None:
+        """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
+        compiles while they run."""
+        self.programs.compile_for(lengths, until)
+
     def start(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> tuple[np.ndarray, np.ndarray]:
         """Begin a batch: run the prompts and choose each sequence's first token.
 
@@ -85,14 +90,15 @@ class Engine:
         began = time.perf_counter()
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
         deferred: list[tuple[int, jax.Array]] = []
-        carried, batch.k[0], batch.v[0] = programs.begin(1)(
+        span = programs.span(int(positions.max()) + 1)
+        carried, batch.k[0], batch.v[0] = programs.begin(1, span)(
             self._dense.top, batch.tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
         )
         for layer in range(1, len(layers)):
             before, after = self._kinds[layer - 1], self._kinds[layer]
             if before == "moe":
                 carried = self._serve(layer - 1, carried, phase, deferred)
-            carried, batch.k[layer], batch.v[layer] = programs.between(1, before, after)(
+            carried, batch.k[layer], batch.v[layer] = programs.between(1, span, before, after)(
                 layers[layer - 1],
                 carried,
                 layers[layer],
@@ -154,12 +160,7 @@ class Engine:
         """Run prompts chunk by chunk; yields a chunk's residual stream, and `[B, D]` of the prompts ended so far."""
         shape, dtype = (self.plan.batch, self.spec.hidden), jnp.dtype(self.spec.dtype)
         last = jnp.zeros(shape, dtype, device=self._batch.sharding)
-        lengths = [len(prompt) for prompt in prompts]
-        widths = self.programs.chunk_widths
-        start = 0
-        while start < max(lengths):
-            left = max(lengths) - start
-            width = next((width for width in widths if width >= left), widths[-1])
+        for start, width in self.programs.chunks(max(len(prompt) for prompt in prompts)):
             tokens = np.zeros((self.plan.batch, width), np.int32)
             positions = np.full((self.plan.batch, width), -1, np.int32)
             index = np.full(self.plan.batch, -1, np.int32)
@@ -169,22 +170,21 @@ class Engine:
                 positions[sequence, : len(part)] = np.arange(start, start + len(part))
                 if start < len(prompt) <= start + width:
                     index[sequence] = len(prompt) - start - 1
-            carried = self._chunk(width, tokens, positions)
+            carried = self._chunk(width, self.programs.span(start + width), tokens, positions)
             x, last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, last, index)
             self.stats.prefill.steps += 1
             yield x, last
-            start += width
 
-    def _chunk(self, width: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
+    def _chunk(self, width: int, span: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
         batch, programs, layers = self._batch, self.programs, self._dense.layers
-        carried, batch.k[0], batch.v[0] = programs.begin(width)(
+        carried, batch.k[0], batch.v[0] = programs.begin(width, span)(
             self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
         )
         for layer in range(1, len(layers)):
             before, after = self._kinds[layer - 1], self._kinds[layer]
             if before == "moe":
                 carried = self._serve_prompt(layer - 1, width, carried)
-            carried, batch.k[layer], batch.v[layer] = programs.between(width, before, after)(
+            carried, batch.k[layer], batch.v[layer] = programs.between(width, span, before, after)(
                 layers[layer - 1],
                 carried,
                 layers[layer],

@@ -104,6 +104,7 @@ class LanguageModel:
           InputError: no ids, too many, or some outside the vocabulary.
         """
         ids = self._check_ids(token_ids, room=0)
+        self._engine.prepare([len(ids)], len(ids))
         return np.concatenate(list(self._engine.logits(ids)))
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
@@ -115,6 +116,7 @@ class LanguageModel:
         scores = []
         for text in _as_list(texts):
             ids = self.encode(text, room=0)
+            self._engine.prepare([len(ids)], len(ids))
             total, done = 0.0, 0
             for logits in self._engine.logits(ids):
                 targets = ids[done + 1 : done + 1 + len(logits)]
@@ -168,7 +170,9 @@ class LanguageModel:
         """Generate for one batch; yields `(sequence, piece of text)` as it comes."""
         engine = self._engine
         eos = () if options.ignore_eos else self.spec.eos_ids
-        limits = [min(options.max_new_tokens, self.plan.context - len(prompt)) for prompt in ids]
+        lengths = [len(prompt) for prompt in ids]
+        limits = [min(options.max_new_tokens, self.plan.context - length) for length in lengths]
+        engine.prepare(lengths, max(length + limit for length, limit in zip(lengths, limits, strict=True)) - 1)
         running = set(range(len(ids)))
         try:
             tokens, logprobs = engine.start(ids, sampling_arrays(options, self.plan.batch, first))

@@ -9,16 +9,20 @@ gives them; "carried" is what a layer hands to the next program: for a dense lay
 `(Routed, pool, slot_row)` when decoding and `(Routed, order, outputs)` in a prompt.
 """
 
-from collections.abc import Callable
+import concurrent.futures
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ef_jax.nn import dense_shapes, layer_definition, merge_top, top_definition
+from ef_jax.nn import cache_shape, dense_shapes, layer_definition, merge_top, top_definition
 from ef_jax.runtime import steps
-from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, mark_seen, sample, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
 from ef_jax.spec import ModelSpec
 from pallas_kernels import storage_dtype
 
@@ -30,8 +34,8 @@ LOGIT_ROWS = 16
 class Programs:
     """Executables of one engine: `batch` sequences of up to `context` tokens over a pool of `pool_slots` slots.
 
-    The decode step and the widest prompt chunk are compiled by `compile_all`; narrower chunks (there are at most
-    three widths, `chunk_widths`) on first use.
+    A pass over `width` tokens a sequence (1 when decoding, else one of `chunk_widths`) reads the first `span`
+    positions of the key/value caches, one of `spans`; there are few of both. `compile_for` compiles what a run needs.
     """
 
     def __init__(
@@ -39,32 +43,52 @@ class Programs:
     ) -> None:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
         self.chunk_widths = chunk_widths(min(chunk, context))
+        self.spans = spans(context)
         self._sharding = jax.sharding.SingleDeviceSharding(device)
         self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 
-    def compile_all(self) -> None:
-        """Compile the decode step and the widest prompt chunk, whose workspace the plan needs."""
-        self.compile_width(1)
-        self.end_step()
-        self.compile_width(self.chunk_widths[-1])
-        self.head()
-        self.logits()
+    def with_pool_slots(self, pool_slots: int) -> "Programs":
+        """The same programs over a pool of another size; those that do not read the pool stay compiled."""
+        other = copy.copy(self)
+        other.pool_slots = pool_slots
+        other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
+        return other
 
-    def compile_width(self, width: int) -> None:
-        """Compile the layers of a pass over `width` tokens a sequence."""
-        self.begin(width)
-        for before, after in self._boundaries:
-            self.between(width, before, after)
-        if width > 1:
-            self.wave(width)
-            self.end_chunk(width)
+    def compile_largest(self) -> None:
+        """Compile the programs with the largest workspace: the widest chunk over the whole context, and the heads."""
+        width, span = self.chunk_widths[-1], self.spans[-1]
+        _in_parallel([*self._pass(width, span), self.end_step, self.head, self.logits])
+
+    def compile_for(self, lengths: Sequence[int], until: int) -> None:
+        """Compile what prompts of `lengths` need, decoded until `until` positions are taken."""
+        longest = max(lengths)
+        wanted: list[Callable[[], Compiled]] = []
+        for start, width in self.chunks(longest):
+            wanted += self._pass(width, self.span(start + width))
+        for span in self.spans if until > longest else ():
+            if self.span(longest + 1) <= span <= self.span(until):
+                wanted += self._pass(1, span)
+        _in_parallel(wanted)
+
+    def chunks(self, length: int) -> Iterator[tuple[int, int]]:
+        """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
+        start = 0
+        while start < length:
+            left = length - start
+            width = next((width for width in self.chunk_widths if width >= left), self.chunk_widths[-1])
+            yield start, width
+            start += width
+
+    def span(self, positions: int) -> int:
+        """The least span that holds `positions` positions; the whole context for more."""
+        return next((span for span in self.spans if span >= positions), self.context)
 
     @property
     def workspace_bytes(self) -> int:
         """Temporaries and fresh outputs of the largest program so far, and the outputs it was fed."""
-        analyses = [compiled.memory_analysis() for compiled in self._compiled.values()]
+        analyses = [_memory(compiled) for compiled in self._compiled.values()]
         fresh = [analysis.output_size_in_bytes - analysis.alias_size_in_bytes for analysis in analyses]
         largest = max(analysis.temp_size_in_bytes + out for analysis, out in zip(analyses, fresh, strict=True))
         return int(largest + max(fresh))
@@ -72,42 +96,39 @@ class Programs:
     @property
     def temp_bytes(self) -> int:
         """Temporaries of the largest program, which no list of live arrays shows."""
-        return max(int(compiled.memory_analysis().temp_size_in_bytes) for compiled in self._compiled.values())
+        return max(int(_memory(compiled).temp_size_in_bytes) for compiled in self._compiled.values())
 
     @property
     def count(self) -> int:
         """Programs compiled so far; it must not grow while decoding."""
         return len(self._compiled)
 
-    def layer_paths(self, kind: str) -> tuple[str, ...]:
-        """Relative names of a layer's leaves, in the order that the programs take them."""
-        return layer_definition(self.spec, kind)[1]
-
-    def begin(self, width: int) -> Compiled:
+    def begin(self, width: int, span: int) -> Compiled:
         """`(top, tokens, leaves, k, v, positions, window) -> carried, k, v`: embedding and the first layer."""
         kind = self._kinds[0]
 
         def begin(top, tokens, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
-            return self._enter(width, kind, leaves, self._top(top).embed_tokens(tokens), k, v, positions, window)
+            x = self._top(top).embed_tokens(tokens)
+            return self._enter(width, span, kind, leaves, x, k, v, positions, window)
 
         def inputs() -> tuple[Any, ...]:
             tokens = self._device_int(self.batch, 1) if width == 1 else self._int(self.batch, width)
             return (self._top_leaves(), tokens, self._leaves(kind), *self._layer_inputs(width))
 
-        return self._program(("begin", width), begin, inputs, donate=(3, 4))
+        return self._program(("begin", width, span), begin, inputs, donate=(3, 4))
 
-    def between(self, width: int, before: str, after: str) -> Compiled:
+    def between(self, width: int, span: int, before: steps.FFNKind, after: steps.FFNKind) -> Compiled:
         """`(leaves, carried, next leaves, k, v, positions, window) -> carried, k, v`: from one layer into the next."""
 
         def between(leaves_before, carried, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
             x = self._leave(width, before, leaves_before, carried)
-            return self._enter(width, after, leaves, x, k, v, positions, window)
+            return self._enter(width, span, after, leaves, x, k, v, positions, window)
 
         def inputs() -> tuple[Any, ...]:
             carried = self._carried(width, before)
             return (self._leaves(before), carried, self._leaves(after), *self._layer_inputs(width))
 
-        return self._program(("between", width, before, after), between, inputs, donate=(3, 4))
+        return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4))
 
     def wave(self, width: int) -> Compiled:
         """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
@@ -172,8 +193,22 @@ class Programs:
 
     # What the programs are made of.
 
-    def _enter(self, width, kind, leaves, x, k, v, positions, window):  # type: ignore[no-untyped-def]
-        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window)
+    def _pass(self, width: int, span: int) -> list[Callable[[], Compiled]]:
+        """The programs of a pass over `width` tokens a sequence, still to be asked for."""
+        programs = [functools.partial(self.begin, width, span)]
+        programs += [functools.partial(self.between, width, span, *kinds) for kinds in self._boundaries]
+        if width > 1:
+            programs += [functools.partial(self.wave, width), functools.partial(self.end_chunk, width)]
+        return programs
+
+    def _reads_pool(self, key: tuple[Any, ...]) -> bool:
+        name = key[0]
+        if name == "between":
+            return bool(key[1] == 1 and key[3] == "moe")
+        return name == "wave" or (name == "end_step" and self._kinds[-1] == "moe")
+
+    def _enter(self, width, span, kind, leaves, x, k, v, positions, window):  # type: ignore[no-untyped-def]
+        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)
         if kind == "dense" or width == 1:
             return entered, k, v
         rows = steps.sort_rows(entered, self.spec.experts.count)
@@ -229,9 +264,9 @@ class Programs:
         shape = dense_shapes(self.spec)[name]
         return self._array(shape.shape, shape.dtype)
 
-    def _leaves(self, kind: str) -> list[jax.ShapeDtypeStruct]:
+    def _leaves(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
         index = self._kinds.index(kind)
-        return [self._dense(f"layers.{index}.{path}") for path in self.layer_paths(kind)]
+        return [self._dense(f"layers.{index}.{path}") for path in layer_definition(self.spec, kind)[1]]
 
     def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
         return [self._dense(path) for path in top_definition(self.spec)[1]]
@@ -240,23 +275,23 @@ class Programs:
         return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
 
     def _layer_inputs(self, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        attention = self.spec.attention
-        cache = self._float(self.batch, self.context, attention.kv_heads, attention.head_dim)
+        shape = cache_shape(self.spec, self.batch, self.context)
+        cache = self._array(shape.shape, shape.dtype)
         return (cache, cache, self._int(self.batch, width), self._int())
 
-    def _routed(self, width: int) -> steps.Routed:
+    def _routed(self, width: int) -> Any:
         hidden = self._float(self.batch, width, self.spec.hidden)
         chosen = (self.batch, width, self.spec.experts.top_k)
         weights = jnp.dtype(self.spec.dtype if self.spec.router.dtype == "model" else np.float32)
-        return steps.Routed(hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights))
+        return steps.Routed._make((hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights)))
 
-    def _sorted(self, width: int) -> tuple[steps.SortedRows, jax.ShapeDtypeStruct]:
+    def _sorted(self, width: int) -> tuple[Any, jax.ShapeDtypeStruct]:
         rows = self.batch * width * self.spec.experts.top_k
         flat = self._float(rows, self.spec.hidden)
         sizes = self._device_int(self.spec.experts.count)
-        return steps.SortedRows(flat, self._device_int(rows), sizes), flat
+        return steps.SortedRows._make((flat, self._device_int(rows), sizes)), flat
 
-    def _carried(self, width: int, kind: str) -> Any:
+    def _carried(self, width: int, kind: steps.FFNKind) -> Any:
         if kind == "dense":
             return self._float(self.batch, width, self.spec.hidden)
         if width == 1:
@@ -266,10 +301,34 @@ class Programs:
 
     def _sampling_inputs(self) -> tuple[Any, ...]:
         seen = self._array((self.batch, self.spec.vocab), np.bool_)
-        options = sampling_arrays(SamplingOptions(), self.batch)
-        return seen, self._int(self.batch), SamplingArrays(*(self._array(o.shape, o.dtype) for o in options))
+        sampling = jax.tree.map(lambda o: self._array(o.shape, o.dtype), sampling_arrays(SamplingOptions(), self.batch))
+        return seen, self._int(self.batch), sampling
 
 
 def chunk_widths(chunk: int) -> tuple[int, ...]:
     """Widths that a prompt is cut into: `chunk`, and a fourth and a sixteenth of it for what is left over."""
     return tuple(sorted({max(2, width) for width in (chunk // 16, chunk // 4, chunk)}))
+
+
+def spans(context: int) -> tuple[int, ...]:
+    """Lengths of the caches that programs read: powers of four from 256, and the whole context."""
+    shorter = []
+    span = 256
+    while span < context:
+        shorter.append(span)
+        span *= 4
+    return (*shorter, context)
+
+
+def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:
+    """Ask for programs on a few threads: XLA compiles without the GIL."""
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for future in [pool.submit(program) for program in programs]:
+            future.result()
+
+
+def _memory(compiled: jax.stages.Compiled) -> Any:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this backend does not say how much memory a program takes, so no plan can be made")
+    return analysis

@@ -8,7 +8,7 @@ Arrays of a layer travel as plain lists of leaves; modules are rebuilt inside th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ef_jax.spec import ModelSpec
 from pallas_kernels import grouped_ffn
 
 Leaves = Sequence[jax.Array]
+FFNKind = Literal["moe", "dense"]
 
 DECODE_TILE_ROWS = 8
 PREFILL_TILE_ROWS = 32
@@ -104,25 +105,23 @@ def finish_experts(spec: ModelSpec, leaves: Leaves, routed: Routed, output: Floa
 
 def enter_layer(
     spec: ModelSpec,
-    ffn: str,
+    ffn: FFNKind,
     leaves: Leaves,
     x: Float[Array, "B T D"],
-    k: Float[Array, "B C N H"],
-    v: Float[Array, "B C N H"],
+    k: Shaped[Array, "B N C hd"],
+    v: Shaped[Array, "B N C hd"],
     positions: Int32[Array, "B T"],
     window: Int32[Array, ""],
-) -> tuple[Routed | Float[Array, "B T D"], Float[Array, "B C N H"], Float[Array, "B C N H"]]:
-    """Attention of a layer, then its router, or its whole dense network.
+    span: int,
+) -> tuple[Routed | Float[Array, "B T D"], Shaped[Array, "B N C hd"], Shaped[Array, "B N C hd"]]:
+    """Attention of a layer over the cache's first `span` positions, then its router, or its whole dense network.
 
     Returns:
       `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated keys and values.
     """
     layer = merge_layer(layer_definition(spec, ffn)[0], leaves)
-    with jax.named_scope("attend"):
-        x, k, v = layer.attend(x, k, v, positions, window)
+    x, k, v = layer.attend(x, k, v, positions, window, span)
     if ffn == "dense":
-        with jax.named_scope("dense_ffn"):
-            return layer.finish(x, layer.ffn_input(x), None), k, v
-    with jax.named_scope("route"):
-        h, ids, weights = layer.route(x)
+        return layer.finish(x, layer.ffn_input(x)), k, v
+    h, ids, weights = layer.route(x)
     return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), k, v
