@@ -8,9 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ef_jax.errors import InputError
+from ef_jax.errors import BudgetError, InputError
 from ef_jax.memory.host_store import HostStore
-from ef_jax.memory.plan import FixedBytes, MemoryPlan, MemoryRequest, check_host_pool, kv_cache_bytes, make_plan
+from ef_jax.memory.plan import (
+    FixedBytes,
+    MemoryPlan,
+    MemoryRequest,
+    check_host_pool,
+    experts_a_step,
+    kv_cache_bytes,
+    make_plan,
+)
 from ef_jax.memory.policies import POLICIES
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
@@ -159,22 +167,27 @@ def plan_model(
             blocks_in_flight=in_flight,
         )
 
-    # Compiled for the slots that a plan without workspace has; then for those that the measured workspace leaves.
-    plan = make_plan(spec, request, fixed(0))
+    # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
+    # too small for the first is too small, but the least that works is known only after measuring.
+    try:
+        first = make_plan(spec, request, fixed(0))
+        pool_slots = first.slots + first.staging_slots
+    except BudgetError:
+        pool_slots = experts_a_step(spec, request.batch)
     programs = Programs(
         spec,
         batch=request.batch,
         context=request.context,
         chunk=request.chunk,
-        pool_slots=plan.slots + plan.staging_slots,
+        pool_slots=pool_slots,
         device=device,
     )
     while True:
         programs.compile_largest()
-        measured = make_plan(spec, request, fixed(programs.workspace_bytes))
-        if measured.slots + measured.staging_slots == programs.pool_slots:
-            return measured, programs
-        programs = programs.with_pool_slots(measured.slots + measured.staging_slots)
+        plan = make_plan(spec, request, fixed(programs.workspace_bytes))
+        if plan.slots + plan.staging_slots == programs.pool_slots:
+            return plan, programs
+        programs = programs.with_pool_slots(plan.slots + plan.staging_slots)
 
 
 def _fill(residency: Residency, link: DeviceLink) -> None:

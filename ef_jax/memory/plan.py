@@ -40,9 +40,9 @@ class MemoryRequest:
             raise InputError(f"expert_fraction must be between 0 and 1, got {fraction}")
         if not 1 <= self.batch <= 1024:
             raise InputError(f"batch must be between 1 and 1024, got {self.batch}")
-        if not 2 <= self.context:
+        if not self.context >= 2:
             raise InputError(f"context must be at least 2 tokens, got {self.context}")
-        if not 1 <= self.chunk:
+        if not self.chunk >= 1:
             raise InputError(f"chunk must be positive, got {self.chunk}")
 
 
@@ -132,6 +132,11 @@ def kv_cache_bytes(spec: ModelSpec, batch: int, context: int) -> int:
     return 2 * len(spec.layers) * batch * context * attention.kv_heads * attention.head_dim * spec.itemsize
 
 
+def experts_a_step(spec: ModelSpec, batch: int) -> int:
+    """The most experts that one layer of one decode step can need, which must have slots at the same time."""
+    return min(spec.experts.count, batch * spec.experts.top_k)
+
+
 def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> MemoryPlan:
     """Share a budget out: fixed items first, the staging ring, then as many cache slots as fit.
 
@@ -139,8 +144,8 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
       BudgetError: the budget holds less than the fixed items and the smallest staging ring (the experts that one
         layer of one step can need); the message gives the smallest budget that works.
     """
-    token_cycle = len(spec.moe_layers) * min(spec.experts.count, request.batch * spec.experts.top_k)
-    least_staging = min(spec.experts.count, request.batch * spec.experts.top_k)
+    least_staging = experts_a_step(spec, request.batch)
+    token_cycle = len(spec.moe_layers) * least_staging
     full_staging = min(spec.experts.count, max(least_staging, STAGING_SLOTS))
     block = spec.block_bytes
 

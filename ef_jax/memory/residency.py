@@ -82,7 +82,8 @@ class Residency:
             return Admission(row.copy(), hits, missing, [])
         wanted = frozenset(needed)
         self.policy.on_access(layer, [expert for expert in needed if row[expert] >= 0])
-        slots, staged, admitted = [], [], []
+        slots: list[int] = []
+        staged: list[tuple[int, int]] = []
         for expert in missing:
             slot = self._room(layer, wanted)
             if slot is None:
@@ -90,7 +91,6 @@ class Residency:
                 staged.append((expert, slot))
             else:
                 self._enter(layer, expert, slot)
-                admitted.append(expert)
                 self.policy.on_access(layer, (expert,))
             slots.append(slot)
         if len(staged) > self.staging_slots:

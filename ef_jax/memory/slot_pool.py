@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.memory.program_memory import program_memory
 from ef_jax.spec import ModelSpec
 from pallas_kernels import storage_dtype
 
@@ -49,7 +50,7 @@ class SlotPool:
     @property
     def temp_bytes(self) -> int:
         """Temporary device bytes of the largest insert."""
-        return max(compiled.memory_analysis().temp_size_in_bytes for compiled in self._insert)
+        return max(int(program_memory(compiled).temp_size_in_bytes) for compiled in self._insert)
 
 
 def _insert(pool: jax.Array, blocks: list[jax.Array], slots: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ class Batch:
       active: bool `[B]`; an inactive sequence is padding: it writes nothing and routes to no expert.
       seen: bool `[B, V]` on the device, tokens of prompt and text so far.
       step: int32 `[B]`, tokens generated so far.
+      last: `[B, D]` on the device, the residual row after each prompt's last token.
       tokens: int32 `[B, 1]` on the device, each sequence's last token.
       sampling: the sampling options, on the device.
     """
@@ -27,6 +28,7 @@ class Batch:
     def __init__(self, spec: ModelSpec, *, batch: int, context: int, device: jax.Device) -> None:
         self.sharding = jax.sharding.SingleDeviceSharding(device)
         self._vocab = spec.vocab
+        self.last = jnp.zeros((batch, spec.hidden), jnp.dtype(spec.dtype), device=self.sharding)
         cache = cache_shape(spec, batch, context)
         zeros = jax.jit(lambda: jnp.zeros(cache.shape, cache.dtype), out_shardings=self.sharding)
         self.k = [zeros() for _ in spec.layers]

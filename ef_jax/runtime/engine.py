@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.plan import MemoryPlan
@@ -66,18 +65,14 @@ class Engine:
         batch = self._batch
         began = time.perf_counter()
         batch.begin(prompts, sampling)
-        for _, last in self._prompt_chunks(prompts):
+        for _ in self._prompt_chunks(prompts):
             pass
-        batch.tokens, logprobs, batch.seen = self.programs.head()(
-            last, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
-        )
-        tokens = np.asarray(batch.tokens)[: len(prompts), 0]
-        batch.step += 1
+        tokens, logprobs = self._choose(batch.last)
         phase = self.stats.prefill
         phase.seconds += time.perf_counter() - began
         phase.tokens += sum(len(prompt) for prompt in prompts)
         self._note_peak()
-        return tokens, np.asarray(logprobs)[: len(prompts)]
+        return tokens[: len(prompts)], logprobs[: len(prompts)]
 
     def step(self) -> tuple[np.ndarray, np.ndarray]:
         """One token for every active sequence.
@@ -109,18 +104,14 @@ class Engine:
             )
         if self._kinds[-1] == "moe":
             carried = self._serve(len(layers) - 1, carried, phase, deferred)
-        batch.tokens, logprobs, batch.seen = programs.end_step()(
-            layers[-1], carried, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
-        )
-        tokens = np.asarray(batch.tokens)[:, 0]
+        tokens, logprobs = self._choose(programs.end_step()(layers[-1], carried))
         for index, ids in deferred:
             phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
         batch.length[batch.active] += 1
-        batch.step += 1
         phase.seconds += time.perf_counter() - began
         phase.tokens += int(batch.active.sum())
         phase.steps += 1
-        return tokens, np.asarray(logprobs)
+        return tokens, logprobs
 
     def stop(self, sequence: int) -> None:
         """Sequence `sequence` of the batch is done: later steps leave it out."""
@@ -144,7 +135,7 @@ class Engine:
         left = len(tokens)
         began = time.perf_counter()
         self._batch.begin([tokens], sampling_arrays(SamplingOptions(), self.plan.batch))
-        for x, _ in self._prompt_chunks([tokens]):
+        for x in self._prompt_chunks([tokens]):
             rows = np.asarray(x)[0, :left]
             left -= len(rows)
             for first in range(0, len(rows), LOGIT_ROWS):
@@ -156,10 +147,18 @@ class Engine:
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()
 
-    def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Run prompts chunk by chunk; yields a chunk's residual stream, and `[B, D]` of the prompts ended so far."""
-        shape, dtype = (self.plan.batch, self.spec.hidden), jnp.dtype(self.spec.dtype)
-        last = jnp.zeros(shape, dtype, device=self._batch.sharding)
+    def _choose(self, last: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """The next token of every sequence, `[B]`, and its log-probability, from its last residual row `[B, D]`."""
+        batch = self._batch
+        batch.tokens, logprobs, batch.seen = self.programs.head()(
+            last, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
+        )
+        batch.step += 1
+        return np.asarray(batch.tokens)[:, 0], np.asarray(logprobs)
+
+    def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[jax.Array]:
+        """Run prompts chunk by chunk; yields each chunk's residual stream `[B, T, D]` after the last layer."""
+        batch = self._batch
         for start, width in self.programs.chunks(max(len(prompt) for prompt in prompts)):
             tokens = np.zeros((self.plan.batch, width), np.int32)
             positions = np.full((self.plan.batch, width), -1, np.int32)
@@ -171,9 +170,9 @@ class Engine:
                 if start < len(prompt) <= start + width:
                     index[sequence] = len(prompt) - start - 1
             carried = self._chunk(width, self.programs.span(start + width), tokens, positions)
-            x, last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, last, index)
+            x, batch.last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, batch.last, index)
             self.stats.prefill.steps += 1
-            yield x, last
+            yield x
 
     def _chunk(self, width: int, span: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
         batch, programs, layers = self._batch, self.programs, self._dense.layers

@@ -4,9 +4,9 @@ Ahead-of-time executables are called directly. A call with another shape raises 
 "no recompilation" is enforced, and each executable's own memory analysis gives the plan its workspace.
 
 A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
-`head`. A decode step is `begin`, a `between` a layer, `end_step`. Arguments are in the order that each docstring
-gives them; "carried" is what a layer hands to the next program: for a dense layer the residual stream, for an MoE layer
-`(Routed, pool, slot_row)` when decoding and `(Routed, order, outputs)` in a prompt.
+`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`. Arguments are in the order that each
+docstring gives them; "carried" is what a layer hands to the next program: for a dense layer the residual stream, for an
+MoE layer `(Routed, pool, slot_row)` when decoding and `(Routed, order, outputs)` in a prompt.
 """
 
 import concurrent.futures
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import cache_shape, dense_shapes, layer_definition, merge_top, top_definition
 from ef_jax.runtime import steps
 from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
@@ -29,6 +30,11 @@ from pallas_kernels import storage_dtype
 Compiled = Callable[..., Any]
 
 LOGIT_ROWS = 16
+
+_EXECUTABLES: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+"""What this process has compiled, as `jax.jit` would keep it: loading a model again compiles nothing."""
+
+_MOST_EXECUTABLES = 256
 
 
 class Programs:
@@ -88,7 +94,7 @@ class Programs:
     @property
     def workspace_bytes(self) -> int:
         """Temporaries and fresh outputs of the largest program so far, and the outputs it was fed."""
-        analyses = [_memory(compiled) for compiled in self._compiled.values()]
+        analyses = [program_memory(compiled) for compiled in self._compiled.values()]
         fresh = [analysis.output_size_in_bytes - analysis.alias_size_in_bytes for analysis in analyses]
         largest = max(analysis.temp_size_in_bytes + out for analysis, out in zip(analyses, fresh, strict=True))
         return int(largest + max(fresh))
@@ -96,7 +102,7 @@ class Programs:
     @property
     def temp_bytes(self) -> int:
         """Temporaries of the largest program, which no list of live arrays shows."""
-        return max(int(_memory(compiled).temp_size_in_bytes) for compiled in self._compiled.values())
+        return max(int(program_memory(compiled).temp_size_in_bytes) for compiled in self._compiled.values())
 
     @property
     def count(self) -> int:
@@ -142,17 +148,13 @@ class Programs:
         return self._program(("wave", width), wave, inputs, donate=(1,))
 
     def end_step(self) -> Compiled:
-        """`(leaves, carried, top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen` of a decode step."""
+        """`(leaves, carried) -> last [B, D]`: the last layer's experts in a decode step."""
         kind = self._kinds[-1]
 
-        def end_step(leaves, carried, top, seen, step, sampling):  # type: ignore[no-untyped-def]
-            x = self._leave(1, kind, leaves, carried)
-            return self._choose(x[:, 0], top, seen, step, sampling)
+        def end_step(leaves, carried):  # type: ignore[no-untyped-def]
+            return self._leave(1, kind, leaves, carried)[:, 0]
 
-        def inputs() -> tuple[Any, ...]:
-            return (self._leaves(kind), self._carried(1, kind), self._top_leaves(), *self._sampling_inputs())
-
-        return self._program(("end_step",), end_step, inputs, donate=(3,))
+        return self._program(("end_step",), end_step, lambda: (self._leaves(kind), self._carried(1, kind)))
 
     def end_chunk(self, width: int) -> Compiled:
         """`(leaves, carried, last, index) -> x, last`: the residual stream after the last layer of a chunk.
@@ -173,12 +175,19 @@ class Programs:
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
 
     def head(self) -> Compiled:
-        """`(last, top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen`: the first token after a prompt."""
+        """`(last [B, D], top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen` (donated): the next token."""
+
+        def head(last, top, seen, step, sampling):  # type: ignore[no-untyped-def]
+            logits = self._top(top).logits(last)
+            with jax.named_scope("sample"):
+                tokens, logprobs = sample(logits, seen, step, sampling)
+            chosen = tokens[:, None]
+            return chosen, logprobs, mark_seen(seen, chosen, jnp.ones_like(chosen, bool))
 
         def inputs() -> tuple[Any, ...]:
             return (self._float(self.batch, self.spec.hidden), self._top_leaves(), *self._sampling_inputs())
 
-        return self._program(("head",), self._choose, inputs, donate=(2,))
+        return self._program(("head",), head, inputs, donate=(2,))
 
     def logits(self) -> Compiled:
         """`(rows [LOGIT_ROWS, D], top) -> f32 [LOGIT_ROWS, V]`."""
@@ -195,7 +204,7 @@ class Programs:
 
     def _pass(self, width: int, span: int) -> list[Callable[[], Compiled]]:
         """The programs of a pass over `width` tokens a sequence, still to be asked for."""
-        programs = [functools.partial(self.begin, width, span)]
+        programs: list[Callable[[], Compiled]] = [functools.partial(self.begin, width, span)]
         programs += [functools.partial(self.between, width, span, *kinds) for kinds in self._boundaries]
         if width > 1:
             programs += [functools.partial(self.wave, width), functools.partial(self.end_chunk, width)]
@@ -209,7 +218,7 @@ class Programs:
 
     def _enter(self, width, span, kind, leaves, x, k, v, positions, window):  # type: ignore[no-untyped-def]
         entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)
-        if kind == "dense" or width == 1:
+        if not isinstance(entered, steps.Routed) or width == 1:
             return entered, k, v
         rows = steps.sort_rows(entered, self.spec.experts.count)
         return (entered, rows, jnp.zeros_like(rows.rows)), k, v
@@ -225,12 +234,6 @@ class Programs:
             output = steps.combine(outputs, order, routed.weights)
         return steps.finish_experts(self.spec, leaves, routed, output)
 
-    def _choose(self, last, top, seen, step, sampling):  # type: ignore[no-untyped-def]
-        logits = self._top(top).logits(last)
-        with jax.named_scope("sample"):
-            tokens, logprobs = sample(logits, seen, step, sampling)
-        return tokens[:, None], logprobs, mark_seen(seen, tokens[:, None], jnp.ones_like(tokens[:, None], bool))
-
     def _top(self, leaves):  # type: ignore[no-untyped-def]
         return merge_top(top_definition(self.spec)[0], leaves)
 
@@ -242,8 +245,14 @@ class Programs:
         donate: tuple[int, ...] = (),
     ) -> Compiled:
         if key not in self._compiled:
-            jitted = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding)
-            self._compiled[key] = jitted.lower(*inputs()).compile()
+            pool_slots = self.pool_slots if self._reads_pool(key) else None
+            place = (self.spec, self.batch, self.context, pool_slots, self._sharding, key)
+            if place not in _EXECUTABLES:
+                jitted = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding)
+                _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
+                while len(_EXECUTABLES) > _MOST_EXECUTABLES:
+                    _EXECUTABLES.pop(next(iter(_EXECUTABLES)))
+            self._compiled[key] = _EXECUTABLES[place]
         return self._compiled[key]
 
     # Abstract arguments.
@@ -325,10 +334,3 @@ def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for future in [pool.submit(program) for program in programs]:
             future.result()
-
-
-def _memory(compiled: jax.stages.Compiled) -> Any:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError("this backend does not say how much memory a program takes, so no plan can be made")
-    return analysis

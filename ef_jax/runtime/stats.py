@@ -93,8 +93,17 @@ class Stats:
 
     def table(self) -> str:
         """A few lines to read: one row a phase."""
-        head = f"{'':8} {'tokens':>7} {'seconds':>8} {'tok/s':>8} {'hits':>8} {'misses':>8} {'hit %':>6} {'MB moved':>9} {'stall s':>8}"
-        lines = [head]
+        widths = {
+            "tokens": 7,
+            "seconds": 8,
+            "tok/s": 8,
+            "hits": 8,
+            "misses": 8,
+            "hit %": 6,
+            "MB moved": 9,
+            "stall s": 8,
+        }
+        lines = [" " * 8 + "".join(f" {name:>{width}}" for name, width in widths.items())]
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
             hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses)
             rate = phase.tokens / phase.seconds if phase.seconds else 0.0

@@ -53,7 +53,9 @@ def sort_rows(routed: Routed, experts: int) -> SortedRows:
     return SortedRows(hidden[order // top_k], order, sizes)
 
 
-def combine(outputs: Float[Array, "M D"], order: Int32[Array, "M"], weights: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+def combine(
+    outputs: Float[Array, "M D"], order: Int32[Array, "M"], weights: Float[Array, "B T K"]
+) -> Float[Array, "B T D"]:
     """Weighted sum of each token's K expert outputs, in the router's order, in f32."""
     batch, tokens, top_k = weights.shape
     unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
@@ -97,7 +99,9 @@ def run_wave(
         )
 
 
-def finish_experts(spec: ModelSpec, leaves: Leaves, routed: Routed, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def finish_experts(
+    spec: ModelSpec, leaves: Leaves, routed: Routed, output: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
     """The residual stream after an MoE layer."""
     layer = merge_layer(layer_definition(spec, "moe")[0], leaves)
     return layer.finish(routed.x, routed.h, output)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Int32
 
 
 class WorkItems(NamedTuple):
-    """Tiles to compute; entries past `count` are meaningless."""
+    """Tiles to compute; entries past `total` are meaningless."""
 
-    count: Int32[Array, ""]
+    total: Int32[Array, ""]
     group: Int32[Array, "N"]
     row: Int32[Array, "N"]
     rows: Int32[Array, "N"]

@@ -48,4 +48,4 @@ def grouped_ffn_xla(
         before = jax.lax.dynamic_slice_in_dim(result, row, tile_rows, 0)
         return jax.lax.dynamic_update_slice_in_dim(result, jnp.where(in_tile < items.rows[item], y, before), row, 0)
 
-    return jax.lax.fori_loop(0, items.count, tile, padded_out)[:rows]
+    return jax.lax.fori_loop(0, items.total, tile, padded_out)[:rows]

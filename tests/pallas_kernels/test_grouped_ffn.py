@@ -78,9 +78,7 @@ def test_rows_of_skipped_groups_and_past_the_last_group_keep_what_out_holds(back
     _, pool = make_pool("float32")
     x = np.random.default_rng(3).normal(size=(20, D)).astype(np.float32)
     poison = np.full_like(x, 777.0)
-    y = np.asarray(
-        grouped_ffn(x, pool, np.int32([2, -1, 5]), np.int32([6, 4, 3]), out=poison, implementation=backend)
-    )
+    y = np.asarray(grouped_ffn(x, pool, np.int32([2, -1, 5]), np.int32([6, 4, 3]), out=poison, implementation=backend))
     kept = np.all(y == 777.0, axis=1)
     assert kept.tolist() == [False] * 6 + [True] * 4 + [False] * 3 + [True] * 7
     assert np.isfinite(y).all()
@@ -100,9 +98,9 @@ def test_a_row_does_not_depend_on_its_company(dtype, data):
     before = data.draw(st.integers(0, 40 - size))
     mixed = jnp.concatenate([x[:before], group, x[before : 40 - size]])
     larger = jnp.concatenate([pool, pool])
-    company = grouped_ffn(
-        mixed, larger, np.int32([1, 4 + S, 6]), np.int32([before, size, 40 - size - before])
-    )[before : before + size]
+    company = grouped_ffn(mixed, larger, np.int32([1, 4 + S, 6]), np.int32([before, size, 40 - size - before]))[
+        before : before + size
+    ]
     assert np.array_equal(np.asarray(alone).view(np.uint8), np.asarray(company).view(np.uint8))
 
 
@@ -112,7 +110,7 @@ def test_work_items_cover_every_row_once(sizes, tile, data):
     total = sum(sizes) + data.draw(st.integers(0, 5))
     items = work_items(jnp.int32(sizes), jnp.int32(slots), total_rows=max(total, 1), tile_rows=tile)
     covered = []
-    for i in range(int(items.count)):
+    for i in range(int(items.total)):
         group, row, rows = int(items.group[i]), int(items.row[i]), int(items.rows[i])
         start = sum(sizes[:group])
         assert (row - start) % tile == 0
