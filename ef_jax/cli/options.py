@@ -1,0 +1,143 @@
+"""Options that several commands share, and the types that options are parsed by."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ef_jax.errors import InputError
+from ef_jax.memory.sizes import parse_bytes
+from ef_jax.spec import ModelSpec
+
+DTYPES = ("bfloat16", "float16", "float32")
+COPY_MODES = ("async", "in_program")
+
+_LARGEST = 2**31 - 1
+
+
+def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
+    """The options that decide the memory plan; `batch` says what the default batch is."""
+    group = parser.add_argument_group("device memory")
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--device-memory", type=_size, metavar="SIZE", help="budget for everything on the device, for example 8GiB"
+    )
+    budget.add_argument(
+        "--expert-fraction",
+        type=_fraction,
+        metavar="X",
+        help="instead: share of the experts that get a cache slot, 0 to 1; 1 keeps all of them on the device. "
+        "Default: 90%% of an accelerator's memory, or 0.5 on CPU",
+    )
+    group.add_argument("--batch", type=whole_number(1), metavar="N", help=f"sequences that run together ({batch})")
+    group.add_argument(
+        "--context",
+        type=whole_number(2),
+        metavar="N",
+        help="tokens a sequence, prompt and output (default: the model's, 4096 at most)",
+    )
+    group.add_argument(
+        "--chunk", type=whole_number(1), default=256, metavar="N", help="prompt tokens a pass (default: 256)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="convert the weights on load (default: as stored)")
+    group.add_argument("--copy-mode", choices=COPY_MODES, help="how experts cross the link (default: the device's)")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """`--json` and `--debug`."""
+    parser.add_argument("--json", action="store_true", help="print one line of JSON, and nothing else, on stdout")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+
+def memory_options(options: argparse.Namespace, *, batch: int) -> dict[str, Any]:
+    """What `add_memory_options` parsed, as `make_request` takes it; `batch` where none was given."""
+    return {
+        "device_memory": options.device_memory,
+        "expert_fraction": options.expert_fraction,
+        "batch": options.batch or batch,
+        "context": options.context,
+        "chunk": options.chunk,
+    }
+
+
+def model_path(text: str | None) -> Path:
+    """The directory that was named, or the bundled model's.
+
+    Raises:
+      InputError: an empty name.
+    """
+    if text == "":
+        raise InputError("the model's path is empty: give a directory, or leave it out for the bundled model")
+    if text is not None:
+        return Path(text)
+    from ef_jax.loading import bundled_model
+
+    return bundled_model()
+
+
+def read_spec(path: Path, dtype: str | None) -> ModelSpec:
+    """What model is in a directory, by its configuration alone: the weights need not be there yet.
+
+    Raises:
+      InputError: no model, or one that is not supported.
+    """
+    from ef_jax.families import spec_from_config
+    from ef_jax.weights import open_checkpoint
+    from ef_jax.weights.directory import read_json_object
+    from ef_jax.weights.dtypes import check_dtype_name
+
+    if is_huggingface(path):
+        spec = spec_from_config(read_json_object(path / "config.json"))
+        return dataclasses.replace(spec, dtype=check_dtype_name(dtype)) if dtype else spec
+    with open_checkpoint(path, dtype) as checkpoint:
+        return checkpoint.spec
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether a directory has a config.json and is not a converted checkpoint."""
+    try:
+        return (path / "config.json").is_file() and not (path / "manifest.json").is_file()
+    except OSError:
+        return False
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Parses a whole number from `least` to 2^31 - 1."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= _LARGEST:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {_LARGEST}, got {text!r:.60}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Parses a finite number."""
+    try:
+        value = float(text)
+        finite = abs(value) < float("inf")
+    except ValueError:
+        finite = False
+    if not finite:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r:.60}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r:.60}")
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
