@@ -180,7 +180,7 @@ def plan_model(
         context=request.context,
         chunk=request.chunk,
         pool_slots=pool_slots,
-        device=device,
+        sharding=jax.sharding.SingleDeviceSharding(device),
     )
     while True:
         programs.compile_largest()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32, Shaped
 
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.spec import ModelSpec
@@ -34,7 +35,7 @@ class SlotPool:
         source = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
         block = jax.ShapeDtypeStruct(spec.block_shape, dtype, sharding=source)
         self.array = jax.jit(lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=sharding)()
-        insert = jax.jit(_insert, donate_argnums=0)
+        insert = jax.jit(insert_blocks, donate_argnums=0)
         self._insert = [
             insert.lower(pool, [block] * n, jax.ShapeDtypeStruct((n,), np.int32)).compile()
             for n in range(1, min(MAX_INSERT, slots) + 1)
@@ -53,7 +54,10 @@ class SlotPool:
         return max(int(program_memory(compiled).temp_size_in_bytes) for compiled in self._insert)
 
 
-def _insert(pool: jax.Array, blocks: list[jax.Array], slots: jax.Array) -> jax.Array:
+def insert_blocks(
+    pool: Shaped[Array, "S 3 F D"], blocks: Sequence[Shaped[Array, "3 F D"]], slots: Int32[Array, " n"]
+) -> Shaped[Array, "S 3 F D"]:
+    """The pool with `blocks`, wherever they are, in `slots`; in place where the pool is donated."""
     for index, block in enumerate(blocks):
         on_device = jax.device_put(block, jax.memory.Space.Device)
         pool = jax.lax.dynamic_update_index_in_dim(pool, on_device, slots[index], 0)

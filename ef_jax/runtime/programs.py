@@ -45,12 +45,12 @@ class Programs:
     """
 
     def __init__(
-        self, spec: ModelSpec, *, batch: int, context: int, chunk: int, pool_slots: int, device: jax.Device
+        self, spec: ModelSpec, *, batch: int, context: int, chunk: int, pool_slots: int, sharding: jax.sharding.Sharding
     ) -> None:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
         self.chunk_widths = chunk_widths(min(chunk, context))
         self.spans = spans(context)
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
+        self._sharding = sharding
         self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
@@ -61,6 +61,12 @@ class Programs:
         other.pool_slots = pool_slots
         other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
         return other
+
+    def compile_all(self) -> None:
+        """Compile every program for every width and span."""
+        widths = (1, *self.chunk_widths)
+        passes = [program for width in widths for span in self.spans for program in self._pass(width, span)]
+        _in_parallel([*passes, self.end_step, self.head, self.logits])
 
     def compile_largest(self) -> None:
         """Compile the programs with the largest workspace: the widest chunk over the whole context, and the heads."""
@@ -248,7 +254,7 @@ class Programs:
             pool_slots = self.pool_slots if self._reads_pool(key) else None
             place = (self.spec, self.batch, self.context, pool_slots, self._sharding, key)
             if place not in _EXECUTABLES:
-                jitted = jax.jit(function, donate_argnums=donate, out_shardings=self._sharding)
+                jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
                 while len(_EXECUTABLES) > _MOST_EXECUTABLES:
                     _EXECUTABLES.pop(next(iter(_EXECUTABLES)))

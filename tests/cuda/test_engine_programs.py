@@ -1,0 +1,67 @@
+"""The engine's programs compile for an H100: every kind of layer, prompt chunk and insert."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks
+from ef_jax.runtime.programs import Programs
+from ef_jax.spec import (
+    AttentionSpec,
+    ExpertSpec,
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+    RouterNormalize,
+    RouterSpec,
+    SharedExpertSpec,
+)
+from pallas_kernels import storage_dtype
+from tests.cuda import aot
+
+pytestmark = pytest.mark.cuda_compile
+
+QWEN3_LIKE = ModelSpec(
+    family="qwen3_moe",
+    vocab=4096,
+    hidden=512,
+    max_position=4096,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    dtype="bfloat16",
+    layers=(LayerSpec(ffn="moe"),) * 2,
+    attention=AttentionSpec(heads=8, kv_heads=2, head_dim=64, rope=RopeSpec(theta=1e6, dim=64), qk_norm="head"),
+    router=RouterSpec(normalize=RouterNormalize()),
+    experts=ExpertSpec(count=32, top_k=8, width=256),
+)
+QWEN2_LIKE = dataclasses.replace(
+    QWEN3_LIKE,
+    layers=(LayerSpec(ffn="dense"), LayerSpec(ffn="moe"), LayerSpec(ffn="dense", window=64), LayerSpec(ffn="moe")),
+    shared=SharedExpertSpec(width=256, gated=True),
+    dense_width=512,
+)
+SLOTS = 512
+
+
+@pytest.mark.parametrize("spec", [QWEN3_LIKE, QWEN2_LIKE], ids=["moe", "dense-and-shared"])
+def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec) -> None:
+    programs = Programs(spec, batch=2, context=256, chunk=4, pool_slots=SLOTS, sharding=aot.sharding())
+    programs.compile_all()
+    kinds = 1 + len(set(zip([x.ffn for x in spec.layers], [x.ffn for x in spec.layers][1:], strict=False)))
+    widths, spans = 1 + len(programs.chunk_widths), len(programs.spans)
+    assert programs.count == widths * spans * kinds + 2 * (widths - 1) + 3
+    assert programs.workspace_bytes < SLOTS * spec.block_bytes / 10
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_inserts_update_the_pool_in_place(kind: aot.MemoryKind) -> None:
+    dtype = storage_dtype("bfloat16")
+    pool = aot.abstract((64, *QWEN3_LIKE.block_shape), dtype)
+    blocks = [aot.abstract(QWEN3_LIKE.block_shape, dtype, kind)] * MAX_INSERT
+    where = jax.ShapeDtypeStruct((MAX_INSERT,), np.int32)
+    memory = aot.compile_for_h100(insert_blocks, pool, blocks, where, donate_argnums=0).memory_analysis()
+    assert memory.alias_size_in_bytes == 64 * QWEN3_LIKE.block_bytes
+    assert memory.host_argument_size_in_bytes == (kind == "pinned_host") * MAX_INSERT * QWEN3_LIKE.block_bytes
+    assert memory.temp_size_in_bytes <= MAX_INSERT * QWEN3_LIKE.block_bytes + 4096
