@@ -9,7 +9,7 @@ from typing import Any
 import ef_jax
 from ef_jax import console
 from ef_jax.cli import options as common
-from ef_jax.cli.prompts import Prompt, add_prompt_options, read_prompts, with_chat_template
+from ef_jax.cli.prompts import Prompt, add_prompt_options, as_conversations, read_prompts
 from ef_jax.cli.sampling_options import add_sampling_options, sampling_options
 from ef_jax.progress import Progress
 
@@ -35,6 +35,8 @@ def run(words: Sequence[str]) -> None:
     path = common.model_path(options.model)
     with open_checkpoint(path, options.dtype) as checkpoint:
         sampling = sampling_options(options, checkpoint.generation_config)
+        if options.chat:
+            prompts = as_conversations(prompts, options.system, checkpoint.tokenizer_dir, checkpoint.spec.vocab)
         if checkpoint.tokenizer_dir is None and any(isinstance(prompt, str) for prompt in prompts):
             require_tokenizer(None)
     chatty = options.verbose or (sys.stderr.isatty() and not options.quiet)
@@ -56,7 +58,7 @@ def run(words: Sequence[str]) -> None:
             on_plan=show_plan,
         )
     load_seconds = time.perf_counter() - began
-    results = _generate(lm, with_chat_template(lm, prompts, options), sampling, options, chatty)
+    results = _generate(lm, prompts, sampling, options, chatty)
     if options.json:
         print(console.json_line(_contents(lm, results, load_seconds)))
     if chatty:

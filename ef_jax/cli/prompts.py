@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import ef_jax
 from ef_jax.errors import InputError
 
 Prompt = str | list[int]
@@ -51,16 +50,23 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def with_chat_template(lm: "ef_jax.LanguageModel", prompts: list[Prompt], options: argparse.Namespace) -> list[Prompt]:
-    """`prompts`, with --chat as the token ids of conversations.
+def as_conversations(prompts: list[Prompt], system: str | None, tokenizer_dir: Path | None, vocab: int) -> list[Prompt]:
+    """Each prompt as the token ids of a conversation in which the user says it.
+
+    Args:
+      prompts: texts.
+      system: what the system says first, if anything.
+      tokenizer_dir: where the checkpoint's tokenizer is, if anywhere.
+      vocab: the model's vocabulary size, V.
 
     Raises:
-      InputError: the checkpoint has no chat template, or it refuses the messages.
+      InputError: there is no tokenizer or chat template, or the template refuses the messages.
     """
-    if not options.chat:
-        return prompts
-    system = [{"role": "system", "content": options.system}] if options.system is not None else []
-    return [lm.chat([*system, {"role": "user", "content": str(prompt)}]).tolist() for prompt in prompts]
+    from ef_jax.text import Tokenizer, require_tokenizer
+
+    tokenizer = require_tokenizer(Tokenizer.load(tokenizer_dir, vocab) if tokenizer_dir else None)
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [tokenizer.chat([*first, {"role": "user", "content": str(prompt)}]) for prompt in prompts]
 
 
 def _read_stdin() -> str:

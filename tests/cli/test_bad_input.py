@@ -83,6 +83,7 @@ def stderr_of(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 
         (["generate", "--token-ids", ""], "--token-ids takes numbers"),
         (["generate", "--token-ids", "9" * 12], "--token-ids takes numbers"),
         (["generate", "x", "--system", "y"], "add --chat"),
+        (["generate", "x", "--chat"], "has no chat template"),
         (["generate", "x", "--chat", "--token-ids", "1"], "give no --token-ids with it"),
         (["generate", "--prompt-file", "/nowhere/at/all"], "cannot read the prompt file '/nowhere/at/all'"),
         (["generate", "--prompt-file", "/"], "cannot read the prompt file '/'"),

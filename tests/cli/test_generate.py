@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 import ef_jax
 from ef_jax.cli import main
+from ef_jax.cli.prompts import as_conversations
+from ef_jax.text import Tokenizer
 from tests.weights.synthetic import CONFIGS, random_tensors, write_checkpoint
 
 PROMPTS = ["ROMEO:\nO, she doth teach", "oak, oak tree (noun):"]
@@ -167,3 +170,16 @@ def test_token_ids_work_without_a_tokenizer(tmp_path: Path, capsys: pytest.Captu
     assert all(0 <= int(word) < config["vocab_size"] for word in ids)
     assert main([*words, "text"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_chat_uses_the_checkpoints_template(small_moe: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_moe / name, tmp_path)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}[a]{% endif %}")
+    conversations = as_conversations(["Hello", "Bye"], "Be brief.", tmp_path, 4096)
+    tokenizer = Tokenizer.load(tmp_path, 4096)
+    assert tokenizer is not None
+    assert [tokenizer.decode(ids) for ids in conversations] == [
+        f"[system] Be brief.\n[user] {said}\n[a]" for said in ("Hello", "Bye")
+    ]
