@@ -28,7 +28,7 @@ from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs
-from ef_jax.schedule.link import CopyMode, DeviceLink, resolve_copy_mode
+from ef_jax.schedule.link import DeviceLink, resolve_copy_mode
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
@@ -54,7 +54,7 @@ def load(
     chunk: int = 256,
     policy: str = "lru",
     dtype: str | None = None,
-    copy_mode: CopyMode | None = None,
+    copy_mode: str | None = None,
     device: jax.Device | None = None,
     progress: bool | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -143,13 +143,13 @@ def make_request(
         device_memory=budget,
         expert_fraction=expert_fraction,
         batch=batch,
-        context=context or min(spec.max_position, _DEFAULT_CONTEXT),
+        context=min(spec.max_position, _DEFAULT_CONTEXT) if context is None else context,
         chunk=chunk,
     )
 
 
 def plan_model(
-    spec: ModelSpec, request: MemoryRequest, device: jax.Device, copy_mode: CopyMode | None = None
+    spec: ModelSpec, request: MemoryRequest, device: jax.Device, copy_mode: str | None = None
 ) -> tuple[MemoryPlan, Programs]:
     """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
 

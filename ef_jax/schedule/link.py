@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -28,7 +28,7 @@ class DeviceLink:
     """
 
     def __init__(
-        self, spec: ModelSpec, store: HostStore, device: jax.Device, *, slots: int, mode: CopyMode | None = None
+        self, spec: ModelSpec, store: HostStore, device: jax.Device, *, slots: int, mode: str | None = None
     ) -> None:
         self.mode = resolve_copy_mode(mode, device)
         self._store = store
@@ -58,7 +58,7 @@ class DeviceLink:
         self.seconds += time.perf_counter() - began
 
 
-def resolve_copy_mode(mode: CopyMode | None, device: jax.Device) -> CopyMode:
+def resolve_copy_mode(mode: str | None, device: jax.Device) -> CopyMode:
     """`mode`, or the default for `device`.
 
     Raises:
@@ -66,6 +66,7 @@ def resolve_copy_mode(mode: CopyMode | None, device: jax.Device) -> CopyMode:
     """
     if mode is None:
         return "in_program" if device.platform == "cpu" else "async"
-    if mode not in ("async", "in_program"):
-        raise InputError(f"copy mode {mode!r} is not one of async, in_program")
-    return mode
+    for known in get_args(CopyMode):
+        if mode == known:
+            return known
+    raise InputError(f"copy mode {mode!r} is not one of {', '.join(get_args(CopyMode))}")
