@@ -1,0 +1,25 @@
+import contextlib
+import io
+import re
+from pathlib import Path
+
+_README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_python_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+    assert len(blocks) == 2
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec("\n".join(blocks), {})
+    printed = out.getvalue()
+    assert printed.startswith("memory plan:")
+    assert "length 16" in printed
+    assert "(3, 4096)" in printed
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", _README)
+    assert links
+    for link in links:
+        assert (Path(__file__).parent.parent / link).exists(), link
