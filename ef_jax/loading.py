@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from ef_jax.errors import BudgetError, InputError
 from ef_jax.memory.host_store import HostStore
@@ -22,13 +21,14 @@ from ef_jax.memory.plan import (
 from ef_jax.memory.policies import POLICIES
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
+from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs
-from ef_jax.schedule.link import DeviceLink, resolve_copy_mode
+from ef_jax.schedule.link import DeviceLink, blocks_in_flight, resolve_copy_mode
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
@@ -156,7 +156,7 @@ def plan_model(
     Raises:
       BudgetError: the budget is too small.
     """
-    in_flight = spec.total_experts if resolve_copy_mode(copy_mode, device) == "async" else 0
+    transfer_blocks, transfer_rings = blocks_in_flight(resolve_copy_mode(copy_mode, device), device)
 
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
@@ -164,7 +164,8 @@ def plan_model(
             kv_cache=kv_cache_bytes(spec, request.batch, request.context),
             state=request.batch * (spec.vocab + 64),
             workspace=workspace,
-            blocks_in_flight=in_flight,
+            transfer_blocks=transfer_blocks,
+            transfer_rings=transfer_rings,
         )
 
     # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
@@ -194,7 +195,9 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
     """Put every expert into its slot, where there is one for each."""
     for layer in range(residency.layers):
         placed = residency.seed(layer, range(residency.experts))
-        link.finish(link.start(layer, [expert for expert, _ in placed]), [slot for _, slot in placed])
+        for first in range(0, len(placed), MAX_INSERT):
+            part = placed[first : first + MAX_INSERT]
+            link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
+            link.pool.array.block_until_ready()
         residency.policy.on_prompt(layer, [expert for expert, _ in placed])
     link.bytes_moved, link.seconds = 0, 0.0
-    jnp.asarray(link.pool.array).block_until_ready()

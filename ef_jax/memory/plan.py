@@ -117,13 +117,17 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FixedBytes:
-    """Device bytes that do not depend on the number of slots."""
+    """Device bytes that do not depend on the number of slots.
+
+    Blocks in flight take `max(transfer_blocks, transfer_rings x staging slots)` blocks.
+    """
 
     dense: int
     kv_cache: int
     state: int
     workspace: int
-    blocks_in_flight: int
+    transfer_blocks: int
+    transfer_rings: int
 
 
 def kv_cache_bytes(spec: ModelSpec, batch: int, context: int) -> int:
@@ -150,7 +154,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
     block = spec.block_bytes
 
     def plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:
-        transfers = min(2 * staging_slots, fixed.blocks_in_flight) * block
+        transfers = max(fixed.transfer_blocks, fixed.transfer_rings * staging_slots) * block
         sizes = {
             "dense": fixed.dense,
             "kv_cache": fixed.kv_cache,

@@ -58,6 +58,17 @@ class DeviceLink:
         self.seconds += time.perf_counter() - began
 
 
+def blocks_in_flight(mode: CopyMode, device: jax.Device) -> tuple[int, int]:
+    """Device blocks that copies hold besides the pool: at least so many, and so many staging rings.
+
+    Asynchronous copies have at most two waves under way. A copy inside an insert is a temporary of that program, but
+    not on CPU (`SlotPool.temp_bytes` is 0 there).
+    """
+    if mode == "async":
+        return MAX_INSERT, 2
+    return (0 if device.platform == "cpu" else MAX_INSERT), 0
+
+
 def resolve_copy_mode(mode: str | None, device: jax.Device) -> CopyMode:
     """`mode`, or the default for `device`.
 

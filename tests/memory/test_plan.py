@@ -24,12 +24,14 @@ SPEC = ModelSpec(
     router=RouterSpec(),
     experts=ExpertSpec(count=16, top_k=2, width=32),
 )
-FIXED = FixedBytes(dense=1_000_000, kv_cache=200_000, state=1000, workspace=300_000, blocks_in_flight=8)
+FIXED = FixedBytes(
+    dense=1_000_000, kv_cache=200_000, state=1000, workspace=300_000, transfer_blocks=0, transfer_rings=0
+)
 
 
-@given(budget=st.integers(1, 4_000_000), batch=st.integers(1, 9), in_flight=st.integers(0, 64))
-def test_a_plan_never_exceeds_its_budget_and_the_refusal_names_one_that_works(budget, batch, in_flight):
-    fixed = dataclasses.replace(FIXED, blocks_in_flight=in_flight)
+@given(budget=st.integers(1, 4_000_000), batch=st.integers(1, 9), rings=st.integers(0, 2))
+def test_a_plan_never_exceeds_its_budget_and_the_refusal_names_one_that_works(budget, batch, rings):
+    fixed = dataclasses.replace(FIXED, transfer_blocks=4 * rings, transfer_rings=rings)
     request = MemoryRequest(device_memory=budget, batch=batch)
     try:
         plan = make_plan(SPEC, request, fixed)
@@ -42,6 +44,7 @@ def test_a_plan_never_exceeds_its_budget_and_the_refusal_names_one_that_works(bu
             make_plan(SPEC, dataclasses.replace(request, device_memory=least - 1), fixed)
     assert plan.total <= plan.budget
     assert plan.total == sum(plan.items.values())
+    assert plan.transfers == max(4 * rings, rings * plan.staging_slots) * SPEC.block_bytes
     assert plan.cache_slots == plan.slots * SPEC.block_bytes
     assert plan.slots == SPEC.total_experts or plan.staging_slots >= min(16, 2 * batch)
 
