@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,9 @@ def number(text: str) -> float:
     """Parses a finite number."""
     try:
         value = float(text)
-        finite = abs(value) < float("inf")
     except ValueError:
-        finite = False
-    if not finite:
+        value = math.nan
+    if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r:.60}")
     return value
 
