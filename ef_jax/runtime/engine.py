@@ -86,14 +86,14 @@ class Engine:
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
         deferred: list[tuple[int, jax.Array]] = []
         span = programs.span(int(positions.max()) + 1)
-        carried, batch.k[0], batch.v[0] = programs.begin(1, span)(
+        run = programs.layers(1, span)
+        carried, batch.k[0], batch.v[0] = run[0](
             self._dense.top, batch.tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
         )
         for layer in range(1, len(layers)):
-            before, after = self._kinds[layer - 1], self._kinds[layer]
-            if before == "moe":
+            if self._kinds[layer - 1] == "moe":
                 carried = self._serve(layer - 1, carried, phase, deferred)
-            carried, batch.k[layer], batch.v[layer] = programs.between(1, span, before, after)(
+            carried, batch.k[layer], batch.v[layer] = run[layer](
                 layers[layer - 1],
                 carried,
                 layers[layer],
@@ -176,14 +176,14 @@ class Engine:
 
     def _chunk(self, width: int, span: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
         batch, programs, layers = self._batch, self.programs, self._dense.layers
-        carried, batch.k[0], batch.v[0] = programs.begin(width, span)(
+        run = programs.layers(width, span)
+        carried, batch.k[0], batch.v[0] = run[0](
             self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
         )
         for layer in range(1, len(layers)):
-            before, after = self._kinds[layer - 1], self._kinds[layer]
-            if before == "moe":
+            if self._kinds[layer - 1] == "moe":
                 carried = self._serve_prompt(layer - 1, width, carried)
-            carried, batch.k[layer], batch.v[layer] = programs.between(width, span, before, after)(
+            carried, batch.k[layer], batch.v[layer] = run[layer](
                 layers[layer - 1],
                 carried,
                 layers[layer],

@@ -54,11 +54,12 @@ class Programs:
         self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        self._passes: dict[tuple[int, int], list[Compiled]] = {}
 
     def with_pool_slots(self, pool_slots: int) -> "Programs":
         """The same programs over a pool of another size; those that do not read the pool stay compiled."""
         other = copy.copy(self)
-        other.pool_slots = pool_slots
+        other.pool_slots, other._passes = pool_slots, {}
         other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
         return other
 
@@ -114,6 +115,15 @@ class Programs:
     def count(self) -> int:
         """Programs compiled so far; it must not grow while decoding."""
         return len(self._compiled)
+
+    def layers(self, width: int, span: int) -> list[Compiled]:
+        """What runs each decoder layer of a pass: `begin`, then a `between` a layer."""
+        passes = self._passes.get((width, span))
+        if passes is None:
+            kinds = zip(self._kinds, self._kinds[1:], strict=False)
+            passes = [self.begin(width, span), *(self.between(width, span, *pair) for pair in kinds)]
+            self._passes[width, span] = passes
+        return passes
 
     def begin(self, width: int, span: int) -> Compiled:
         """`(top, tokens, leaves, k, v, positions, window) -> carried, k, v`: embedding and the first layer."""

@@ -7,6 +7,7 @@ them in waves of their own (`run_wave`) on rows sorted by expert.
 Arrays of a layer travel as plain lists of leaves; modules are rebuilt inside the trace (`merge_layer`).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -56,13 +57,17 @@ def sort_rows(routed: Routed, experts: int) -> SortedRows:
 def combine(
     outputs: Float[Array, "M D"], order: Int32[Array, "M"], weights: Float[Array, "B T K"]
 ) -> Float[Array, "B T D"]:
-    """Weighted sum of each token's K expert outputs, in the router's order, in f32."""
-    batch, tokens, top_k = weights.shape
+    """The weighted sum of each token's K expert outputs, given in sorted order."""
     unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    per_token = unsorted.reshape(batch, tokens, top_k, -1).astype(jnp.float32)
+    return weighted_sum(unsorted.reshape(*weights.shape, -1), weights)
+
+
+def weighted_sum(outputs: Float[Array, "B T K D"], weights: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
+    """Each token's K expert outputs times their weights, summed in the router's order, in f32."""
+    per_token = outputs.astype(jnp.float32)
     scale = weights.astype(jnp.float32)[..., None]
     total = per_token[:, :, 0] * scale[:, :, 0]
-    for k in range(1, top_k):
+    for k in range(1, weights.shape[-1]):
         total = total + per_token[:, :, k] * scale[:, :, k]
     return total.astype(outputs.dtype)
 
@@ -71,11 +76,15 @@ def run_experts(
     spec: ModelSpec, routed: Routed, pool: Shaped[Array, "S 3 F D"], slot_row: Int32[Array, "E"]
 ) -> Float[Array, "B T D"]:
     """The routed experts of a decode step, straight from their slots."""
+    run = functools.partial(grouped_ffn, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS)
     with jax.named_scope("experts"):
+        if routed.ids.shape[:2] == (1, 1):  # one token's experts are distinct: its rows need no sorting
+            ids = routed.ids.reshape(-1)
+            x = jnp.broadcast_to(routed.h.reshape(1, -1), (ids.shape[0], routed.h.shape[-1]))
+            outputs = run(x, pool, jnp.where(ids < 0, -1, slot_row[ids]), None)
+            return weighted_sum(outputs.reshape(*routed.ids.shape, -1), routed.weights)
         rows = sort_rows(routed, spec.experts.count)
-        outputs = grouped_ffn(
-            rows.rows, pool, slot_row, rows.sizes, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS
-        )
+        outputs = run(rows.rows, pool, slot_row, rows.sizes)
         return combine(outputs, rows.order, routed.weights)
 
 

@@ -35,7 +35,7 @@ def grouped_ffn(
     x_sorted: Float[Array | np.ndarray, "M D"],
     pool: Shaped[Array | np.ndarray, "..."],
     slot_of_group: Int32[Array | np.ndarray, "..."],
-    group_sizes: Int32[Array | np.ndarray, "..."],
+    group_sizes: Int32[Array | np.ndarray, "..."] | None,
     *,
     activation: str = "silu",
     tile_rows: int = 8,
@@ -51,7 +51,8 @@ def grouped_ffn(
       x_sorted: rows, bfloat16, float16 or float32.
       pool: `[S, 3, F, D]` expert blocks (gate, up, transposed down), of x's dtype or its bits (`storage_dtype`).
       slot_of_group: `[G]`, slot of each group's block; -1 skips the group.
-      group_sizes: `[G]`, rows of each group; they sum to at most M.
+      group_sizes: `[G]`, rows of each group; they sum to at most M. None: M groups of one row each, which saves the
+        sums over groups.
       activation: of the gate, a key of `ACTIVATIONS`.
       tile_rows: height of a tile; part of the result's rounding, so keep it fixed.
       out: what rows of skipped groups, and rows past the last group, hold afterwards; zeros where None.
@@ -64,13 +65,15 @@ def grouped_ffn(
       ValueError: shapes, dtypes or names that do not fit; the message has the values.
     """
     x_sorted, pool = jnp.asarray(x_sorted), jnp.asarray(pool)
-    slot_of_group, group_sizes = jnp.asarray(slot_of_group), jnp.asarray(group_sizes)
+    slot_of_group = jnp.asarray(slot_of_group)
+    group_sizes = None if group_sizes is None else jnp.asarray(group_sizes)
     if pool.ndim != 4 or pool.shape[1] != 3 or pool.shape[3] != x_sorted.shape[1]:
         raise ValueError(f"pool must be [S, 3, F, {x_sorted.shape[1]}], got {pool.shape}")
     if pool.dtype not in (x_sorted.dtype, storage_dtype(x_sorted.dtype)):
         raise ValueError(f"pool of {pool.dtype} does not hold weights for rows of {x_sorted.dtype}")
-    if slot_of_group.shape != group_sizes.shape:
-        raise ValueError(f"slot_of_group {slot_of_group.shape} and group_sizes {group_sizes.shape} must be equal")
+    sizes_shape = x_sorted.shape[:1] if group_sizes is None else group_sizes.shape
+    if slot_of_group.shape != sizes_shape:
+        raise ValueError(f"slot_of_group {slot_of_group.shape} and group_sizes {sizes_shape} must be equal")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if tile_rows < 1:

@@ -12,7 +12,7 @@ def grouped_ffn_reference(
     x_sorted: Float[Array, "M D"],
     pool: Shaped[Array, "S 3 F D"],
     slot_of_group: Int32[Array, "G"],
-    group_sizes: Int32[Array, "G"],
+    group_sizes: Int32[Array, "G"] | None,
     out: Float[Array, "M D"],
     *,
     activation: str,
@@ -21,7 +21,7 @@ def grouped_ffn_reference(
     """`grouped_ffn` one row at a time; see `api.grouped_ffn`. `tile_rows` has no effect: no row sees another."""
     del tile_rows
     act = ACTIVATIONS[activation]
-    ends = jnp.cumsum(group_sizes)
+    ends = jnp.cumsum(jnp.ones_like(slot_of_group) if group_sizes is None else group_sizes)
 
     def one_row(row: jax.Array, x: jax.Array, before: jax.Array) -> jax.Array:
         group = jnp.searchsorted(ends, row, side="right")

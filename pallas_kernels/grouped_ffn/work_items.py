@@ -12,12 +12,19 @@ from jaxtyping import Array, Int32
 
 
 class WorkItems(NamedTuple):
-    """Tiles to compute; entries past `total` are meaningless."""
+    """Tiles to compute, as many as `total`; entries past it are meaningless."""
 
-    total: Int32[Array, ""]
+    total: Int32[Array, ""] | int
     group: Int32[Array, "N"]
     row: Int32[Array, "N"]
     rows: Int32[Array, "N"]
+
+
+def row_items(slot_of_group: Int32[Array, "G"]) -> WorkItems:
+    """One tile for each of G groups of one row, the rows of skipped groups empty: no sums, and a static count."""
+    groups = slot_of_group.shape[0]
+    row = jnp.arange(groups, dtype=jnp.int32)
+    return WorkItems(groups, row, row, (slot_of_group >= 0).astype(jnp.int32))
 
 
 def work_items(

@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
 from pallas_kernels.grouped_ffn.storage import from_storage
-from pallas_kernels.grouped_ffn.work_items import work_items
+from pallas_kernels.grouped_ffn.work_items import row_items, work_items
 
 
 def grouped_ffn_xla(
     x_sorted: Float[Array, "M D"],
     pool: Shaped[Array, "S 3 F D"],
     slot_of_group: Int32[Array, "G"],
-    group_sizes: Int32[Array, "G"],
+    group_sizes: Int32[Array, "G"] | None,
     out: Float[Array, "M D"],
     *,
     activation: str,
@@ -29,14 +29,17 @@ def grouped_ffn_xla(
     width = pool.shape[2]
     dtype = x_sorted.dtype
     act = ACTIVATIONS[activation]
-    items = work_items(group_sizes, slot_of_group, total_rows=rows, tile_rows=tile_rows)
+    if group_sizes is None:
+        items = row_items(slot_of_group)
+    else:
+        items = work_items(group_sizes, slot_of_group, total_rows=rows, tile_rows=tile_rows)
     padded_x = jnp.pad(x_sorted, ((0, tile_rows), (0, 0)))
     padded_out = jnp.pad(out, ((0, tile_rows), (0, 0)))
     in_tile = jnp.arange(tile_rows, dtype=jnp.int32)[:, None]
     contract_last = (((1,), (1,)), ((), ()))
 
     def tile(item: jax.Array, result: jax.Array) -> jax.Array:
-        slot = slot_of_group[items.group[item]]
+        slot = jnp.maximum(slot_of_group[items.group[item]], 0)  # a skipped group's tile, if any, has no rows
         row = items.row[item]
         block = jax.lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
         x = jax.lax.dynamic_slice_in_dim(padded_x, row, tile_rows, 0)

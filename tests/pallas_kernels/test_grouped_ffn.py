@@ -104,6 +104,18 @@ def test_a_row_does_not_depend_on_its_company(dtype, data):
     assert np.array_equal(np.asarray(alone).view(np.uint8), np.asarray(company).view(np.uint8))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_groups_of_one_row_need_no_sizes(backend, dtype):
+    _, pool = make_pool(dtype)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(6, D)), dtype)
+    slots = np.int32([3, 0, -1, 7, 11, 3])
+    short = grouped_ffn(x, pool, slots, None, out=jnp.full_like(x, 9), implementation=backend)
+    long = grouped_ffn(x, pool, slots, np.ones(6, np.int32), out=jnp.full_like(x, 9), implementation=backend)
+    assert np.array_equal(np.asarray(short).view(np.uint8), np.asarray(long).view(np.uint8))
+    assert (np.asarray(short[2].astype(jnp.float32)) == 9).all()
+
+
 @given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=9), tile=st.sampled_from([1, 4, 8]), data=st.data())
 def test_work_items_cover_every_row_once(sizes, tile, data):
     slots = data.draw(st.lists(st.integers(-1, 3), min_size=len(sizes), max_size=len(sizes)))
