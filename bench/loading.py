@@ -1,15 +1,13 @@
 """How fast do a checkpoint's weights come into memory: the Hugging Face original against its conversion?
 
-    python bench/loading.py ORIGINAL CONVERTED [--threads 4] [--repeats 3]
+    python -m bench.loading ORIGINAL CONVERTED [--threads 4] [--repeats 3]
 
 Reads every dense array and every expert block into memory that is reused, so that only reading is timed. The files
 should fit in the page cache; one untimed pass warms it, and formats take turns. Prints a table, then one line of JSON.
 """
 
 import argparse
-import json
 import resource
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from ef_jax.errors import InputError
+from bench import _report
 from ef_jax.weights import Checkpoint, open_checkpoint
 from ef_jax.weights.dtypes import WEIGHT_DTYPES
 
@@ -27,33 +25,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("original", help="Hugging Face checkpoint directory")
     parser.add_argument("converted", help="the same checkpoint, converted")
-    parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=_report.positive, default=4)
+    parser.add_argument("--repeats", type=_report.positive, default=3)
+    _report.add_save_option(parser, "loading")
     options = parser.parse_args()
     seconds: dict[str, list[float]] = {"original": [], "converted": []}
-    try:
-        for repeat in range(options.repeats + 1):
-            for name, times in seconds.items():
-                start = time.perf_counter()
-                with open_checkpoint(getattr(options, name)) as checkpoint:
-                    read_all(checkpoint, options.threads)
-                if repeat:
-                    times.append(time.perf_counter() - start)
-                size = checkpoint.nbytes
-    except InputError as error:
-        print(f"loading: {error}", file=sys.stderr)
-        return 2
-    result = {name: round(size / statistics.median(times) / 1e9, 3) for name, times in seconds.items()}
-    for name, rate in result.items():
-        print(f"{name:<10} {rate:6.2f} GB/s  {', '.join(f'{t:.2f}' for t in seconds[name])} s")
+    size = 0
+    for repeat in range(options.repeats + 1):
+        for name, times in seconds.items():
+            start = time.perf_counter()
+            with open_checkpoint(getattr(options, name)) as checkpoint:
+                read_all(checkpoint, options.threads)
+            if repeat:
+                times.append(time.perf_counter() - start)
+            size = checkpoint.nbytes
+    rates = {name: _report.spread([size / time_ / 1e9 for time_ in times]) for name, times in seconds.items()}
+    head = ("format", "GB/s", "min", "max")
+    print(_report.table(head, [(name, rate["median"], rate["min"], rate["max"]) for name, rate in rates.items()]))
     summary = {
         "bytes": size,
         "threads": options.threads,
-        "gb_per_second": result,
-        "speedup": round(result["converted"] / result["original"], 2),
+        "gb_per_second": rates,
+        "speedup": _report.rounded(rates["converted"]["median"] / rates["original"]["median"]),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    print(json.dumps(summary))
+    _report.finish("loading", summary, options.save)
     return 0
 
 
@@ -74,4 +70,4 @@ def read_all(checkpoint: Checkpoint, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_report.run("loading", main))

@@ -1,6 +1,6 @@
 """Writes a random but valid Hugging Face MoE checkpoint of a given size, sharded, streaming and fast.
 
-    python bench/make_synthetic.py DST --family qwen3_moe --bytes 6GB
+    python -m bench.make_synthetic DST --family qwen3_moe --bytes 6GB
 
 Weights come from one buffer of normal numbers, read at a different place for every tensor, so that writing is as fast
 as the disk and no two experts are the same. There is no tokenizer: give token ids. Prints a table, then one line of
@@ -8,6 +8,7 @@ JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import struct
@@ -20,8 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ef_jax.errors import InputError
+from bench import _report
 from ef_jax.families import spec_from_config
+from ef_jax.memory.sizes import parse_bytes
 from ef_jax.weights.hf_layout import FAMILY_NAMES, Layout
 
 SHARD_BYTES = 1_000_000_000
@@ -30,52 +32,72 @@ _STD = 0.02
 _ITEM_BYTES = 2
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Synthetic:
+    """A checkpoint to make up: `layers` decoder layers of E `experts`, K `top_k`, D `hidden`, F `width`, V `vocab`."""
+
+    family: str = "qwen3_moe"
+    layers: int = 8
+    experts: int = 64
+    hidden: int = 1024
+    width: int = 512
+    top_k: int = 8
+    vocab: int = 4096
+    seed: int = 0
+
+    def of_bytes(self, nbytes: int) -> "Synthetic":
+        """The same shape with as many layers as come closest to `nbytes` bytes, at least one."""
+        one = dataclasses.replace(self, layers=1).nbytes
+        two = dataclasses.replace(self, layers=2).nbytes
+        return dataclasses.replace(self, layers=max(1, round(1 + (nbytes - one) / (two - one))))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(math.prod(shape) for shape in _shapes(_config(self)).values()) * _ITEM_BYTES
+
+
 def main() -> int:
     """Run the script; the exit code."""
     options = _parser().parse_args()
-    try:
-        start = time.monotonic()
-        result = write_synthetic(options)
-        seconds = time.monotonic() - start
-    except (InputError, OSError) as error:
-        print(f"make_synthetic: {error}", file=sys.stderr)
-        return 2
+    shape = Synthetic(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Synthetic)})
+    if options.bytes is not None:
+        shape = shape.of_bytes(options.bytes)
+    start = time.monotonic()
+    result = write_synthetic(Path(options.destination), shape)
+    seconds = time.monotonic() - start
     result |= {"seconds": round(seconds, 2), "gb_per_second": round(result["bytes"] / seconds / 1e9, 2)}
     for name, value in result.items():
         print(f"{name:<14} {value}")
-    print(json.dumps(result))
+    _report.finish("make_synthetic", result)
     return 0
 
 
-def write_synthetic(options: argparse.Namespace) -> dict[str, Any]:
-    """Write the checkpoint that `options` (see `--help`) describe; what was written."""
-    config = _config(options, layers=options.layers or 1)
-    if options.layers is None:
-        bytes_of_one = _total_bytes(config)
-        bytes_of_two = _total_bytes(_config(options, layers=2))
-        layers = 1 + (options.bytes - bytes_of_one) / (bytes_of_two - bytes_of_one)
-        config = _config(options, layers=max(1, round(layers)))
-    directory = Path(options.destination)
+def write_synthetic(directory: Path, shape: Synthetic) -> dict[str, Any]:
+    """Write a checkpoint of `shape` into the new `directory`; what was written.
+
+    Raises:
+      FileExistsError: `directory` exists.
+      UnsupportedError: the family does not allow the shape.
+    """
+    config = _config(shape)
+    shards = list(_shards(_shapes(config)))
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards = list(_shards(_shapes(config)))
-    source = _Weights(options.seed)
+    source = _Weights(shape.seed)
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(directory / name, shapes, source)
         weight_map |= dict.fromkeys(shapes, name)
-    total = _total_bytes(config)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": shape.nbytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return {
-        "path": str(directory),
-        "family": options.family,
-        "bytes": total,
+        "model": directory.name,
+        "bytes": shape.nbytes,
         "shards": len(shards),
-        "layers": config["num_hidden_layers"],
-        "experts": options.experts,
         "tensors": len(weight_map),
+        **dataclasses.asdict(shape),
     }
 
 
@@ -104,10 +126,6 @@ class _Weights:
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     spec = spec_from_config(config)
     return Layout(spec, "per_expert").tensors()
-
-
-def _total_bytes(config: dict[str, Any]) -> int:
-    return sum(math.prod(shape) for shape in _shapes(config).values()) * _ITEM_BYTES
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -143,62 +161,56 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], source: _Weight
                 file.write(run.view(np.uint8))
 
 
-def _config(options: argparse.Namespace, layers: int) -> dict[str, Any]:
+def _config(shape: Synthetic) -> dict[str, Any]:
     head_dim = 64
-    heads = max(1, options.hidden // head_dim)
+    heads = max(1, shape.hidden // head_dim)
     config = {
-        "model_type": options.family,
+        "model_type": shape.family,
         "dtype": "bfloat16",
-        "vocab_size": options.vocab,
-        "hidden_size": options.hidden,
-        "num_hidden_layers": layers,
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 4 if heads % 4 == 0 else heads,
         "max_position_embeddings": 4096,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-        "num_experts_per_tok": options.top_k,
+        "num_experts_per_tok": shape.top_k,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "rope_theta": 10000.0,
     }
-    match options.family:
+    match shape.family:
         case "mixtral":
-            return config | {"num_local_experts": options.experts, "intermediate_size": options.width}
+            return config | {"num_local_experts": shape.experts, "intermediate_size": shape.width}
         case "olmoe":
-            return config | {"num_experts": options.experts, "intermediate_size": options.width}
+            return config | {"num_experts": shape.experts, "intermediate_size": shape.width}
     config |= {
-        "num_experts": options.experts,
-        "moe_intermediate_size": options.width,
-        "intermediate_size": 4 * options.width,
+        "num_experts": shape.experts,
+        "moe_intermediate_size": shape.width,
+        "intermediate_size": 4 * shape.width,
         "norm_topk_prob": True,
     }
-    if options.family == "qwen2_moe":
-        return config | {"shared_expert_intermediate_size": 4 * options.width}
+    if shape.family == "qwen2_moe":
+        return config | {"shared_expert_intermediate_size": 4 * shape.width}
     return config | {"head_dim": head_dim}
 
 
-def _bytes(text: str) -> int:
-    number = text.upper().removesuffix("B")
-    scale = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    return int(float(number.rstrip("KMG")) * scale)
-
-
 def _parser() -> argparse.ArgumentParser:
+    defaults = dataclasses.asdict(Synthetic())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("destination", metavar="DST", help="directory to write; must not exist")
-    parser.add_argument("--family", choices=tuple(FAMILY_NAMES), default="qwen3_moe")
-    parser.add_argument("--bytes", type=_bytes, default="1GB", help="size to come close to, by the number of layers")
-    parser.add_argument("--layers", type=int, help="number of layers; overrides --bytes")
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--family", choices=tuple(FAMILY_NAMES), default=defaults["family"])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--bytes", type=parse_bytes, help="size to come close to, by the number of layers")
+    size.add_argument("--layers", type=_report.positive, default=defaults["layers"])
+    for name in ("experts", "hidden", "width", "top-k", "vocab"):
+        default = defaults[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", type=_report.positive, default=default, help=f"default: {default}")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_report.run("make_synthetic", main))
