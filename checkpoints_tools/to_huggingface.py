@@ -12,14 +12,13 @@ from checkpoints_tools.destination import check_new, staged
 from ef_jax.errors import CheckpointError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
-from ef_jax.weights.directory import CARRIED_FILES, plain_file_name, read_json_object, read_text_file
+from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, plain_file_name, read_json_object, read_text_file
 from ef_jax.weights.dtypes import CODE_OF_NAME, WEIGHT_DTYPES, as_bytes
 from ef_jax.weights.hf_layout import Piece
 from ef_jax.weights.huggingface import copy_rows
 from ef_jax.weights.manifest import HEADERS_FILE
 from ef_jax.weights.safetensors import TensorEntry, parse_header
 
-_INDEX = "model.safetensors.index.json"
 _Key = str | tuple[int, int]
 
 
@@ -45,7 +44,7 @@ def convert_to_huggingface(source: ConvertedCheckpoint, destination: Path, show_
         Progress(source.nbytes, "B", "writing", enabled=show_progress) as progress,
         staged(destination) as stage,
     ):
-        for name in (*CARRIED_FILES, _INDEX):
+        for name in (*CARRIED_FILES, INDEX_FILE):
             if (directory / name).exists():
                 (stage / name).write_bytes(read_text_file(directory / name))
         for name, header in headers.items():

@@ -34,13 +34,12 @@ from checkpoints_tools.destination import (
 from ef_jax.errors import CheckpointError, InputError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import DENSE, SOURCE, block_name, layer_dir
-from ef_jax.weights.directory import CARRIED_FILES, read_text_file
+from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, read_text_file
 from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, WEIGHT_DTYPES, as_bytes, check_dtype_name
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.manifest import HEADERS_FILE, NAME, Manifest, is_converted, read_manifest
 from ef_jax.weights.safetensors import SafetensorsFile, parse_json
 
-_INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 # zarr.json, the array's four directories and the last block's slack, in blocks of 4 KiB.
 _OVERHEAD_BYTES_PER_ARRAY = 24 << 10
@@ -239,7 +238,7 @@ def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes]) -> str:
 
 def _source_files(source: HuggingFaceCheckpoint, headers: dict[str, bytes], converts: bool) -> dict[str, bytes]:
     """What goes into source/: the text files, speaking of the new dtype if there is one, and every header."""
-    names = [name for name in (*CARRIED_FILES, _INDEX) if (source.path / name).is_file()]
+    names = [name for name in (*CARRIED_FILES, INDEX_FILE) if (source.path / name).is_file()]
     files = {name: read_text_file(source.path / name) for name in names}
     if converts:
         config = parse_json(files["config.json"])
@@ -247,10 +246,10 @@ def _source_files(source: HuggingFaceCheckpoint, headers: dict[str, bytes], conv
             "torch_dtype": source.spec.dtype
         }
         files["config.json"] = _json(config)
-        if _INDEX in files:
-            index = parse_json(files[_INDEX])
+        if INDEX_FILE in files:
+            index = parse_json(files[INDEX_FILE])
             index["metadata"] = {"total_size": sum(_tensor_bytes(header) for header in headers.values())}
-            files[_INDEX] = _json(index)
+            files[INDEX_FILE] = _json(index)
     texts = {name: header.decode() for name, header in headers.items()}
     return files | {HEADERS_FILE: json.dumps(texts).encode()}
 

@@ -83,13 +83,12 @@ def read_spec(path: Path, dtype: str | None) -> ModelSpec:
     Raises:
       InputError: no model, or one that is not supported.
     """
-    from ef_jax.families import spec_from_config
     from ef_jax.weights import open_checkpoint
-    from ef_jax.weights.directory import read_json_object
     from ef_jax.weights.dtypes import check_dtype_name
+    from ef_jax.weights.model_config import read_model_config
 
     if is_huggingface(path):
-        spec = spec_from_config(read_json_object(path / "config.json"))
+        spec, _ = read_model_config(path)
         return dataclasses.replace(spec, dtype=check_dtype_name(dtype)) if dtype else spec
     with open_checkpoint(path, dtype) as checkpoint:
         return checkpoint.spec

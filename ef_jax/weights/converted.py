@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from ef_jax.errors import CheckpointError
-from ef_jax.families import spec_from_config
 from ef_jax.weights.checkpoint import Checkpoint, check_finite
-from ef_jax.weights.directory import read_generation_config, read_json_object, tokenizer_dir
+from ef_jax.weights.directory import tokenizer_dir
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName
 from ef_jax.weights.hf_layout import Layout
 from ef_jax.weights.manifest import Manifest, read_manifest
+from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.zarr_array import read_raw_array
 
 DENSE = "dense"
@@ -49,12 +49,11 @@ class ConvertedCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{str(path)!r} was converted to {self.manifest.dtype}: convert the original with --dtype {dtype}"
             )
-        spec = spec_from_config(read_json_object(path / SOURCE / "config.json"))
+        spec, self.generation_config = read_model_config(path / SOURCE)
         self.spec = dataclasses.replace(spec, dtype=self.manifest.dtype)
         self.layout = Layout(self.spec, self.manifest.experts)
         self.reader: Literal["raw", "orbax"] = "raw"
         self.nbytes = self.manifest.nbytes
-        self.generation_config = read_generation_config(path / SOURCE)
         self.tokenizer_dir = tokenizer_dir(path / SOURCE)
         self._check_inventory()
 

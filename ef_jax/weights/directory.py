@@ -21,6 +21,9 @@ TOKENIZER_FILES = (
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, "README.md", "LICENSE", "LICENSE.txt")
 """What a conversion carries along, where it exists."""
 
+INDEX_FILE = "model.safetensors.index.json"
+"""Which shard holds which tensor, where the weights are in shards."""
+
 MAX_TEXT_BYTES = 1 << 28
 
 
@@ -55,12 +58,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{str(path)!r} holds {type(value).__name__}, expected a JSON object")
     return value
-
-
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """Fields of the directory's generation_config.json; empty if there is none."""
-    path = directory / "generation_config.json"
-    return read_json_object(path) if path.exists() else {}
 
 
 def tokenizer_dir(directory: Path) -> Path | None:

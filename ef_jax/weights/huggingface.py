@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from ef_jax.errors import CheckpointError
-from ef_jax.families import spec_from_config
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.checkpoint import Checkpoint, Scratch, check_finite
-from ef_jax.weights.directory import plain_file_name, read_generation_config, read_json_object, tokenizer_dir
+from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_object, tokenizer_dir
 from ef_jax.weights.dtypes import CODE_OF_NAME, DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits
 from ef_jax.weights.hf_layout import Layout, Piece, stored_experts
+from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.safetensors import SafetensorsFile
 
 _SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.[0-9]{1,6}\.self_attn\.)?rotary_emb\.inv_freq")
 _HEAD = "lm_head.weight"
 _STRIP_BYTES = 4 << 20
@@ -49,9 +48,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         """
         self.path = path
         self.files: dict[str, SafetensorsFile] = {}
-        spec = spec_from_config(read_json_object(path / "config.json"))
+        spec, self.generation_config = read_model_config(path)
         self.spec = dataclasses.replace(spec, dtype=dtype) if dtype else spec
-        self.generation_config = read_generation_config(path)
         self.tokenizer_dir = tokenizer_dir(path)
         self._scratch = Scratch()
         try:
@@ -97,9 +95,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         if (self.path / _SINGLE).exists():
             self.files[_SINGLE] = SafetensorsFile(self.path / _SINGLE)
             return
-        if not (self.path / _INDEX).exists():
+        if not (self.path / INDEX_FILE).exists():
             raise CheckpointError(_no_safetensors(self.path))
-        weight_map = _read_index(self.path / _INDEX)
+        weight_map = _read_index(self.path / INDEX_FILE)
         for name in sorted(set(weight_map.values())):
             if not (self.path / name).exists():
                 raise CheckpointError(f"{str(self.path)!r} lacks {name!r}, which its index names: download it again")
@@ -203,4 +201,4 @@ def _no_safetensors(path: Path) -> str:
                 f"{str(path)!r} holds no {_SINGLE}, only {found.name!r}: pickled weights are never loaded;"
                 f" save the model as safetensors"
             )
-    return f"{str(path)!r} holds neither {_SINGLE} nor {_INDEX}"
+    return f"{str(path)!r} holds neither {_SINGLE} nor {INDEX_FILE}"

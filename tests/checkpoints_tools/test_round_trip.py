@@ -57,6 +57,8 @@ def test_there_and_back_gives_the_same_files(tmp_path: Path, family: str, fused:
     original = write_checkpoint(tmp_path / "original", config, random_tensors(config, fused), shards)
     converted = convert(original, tmp_path / "converted")
     assert_same_weights(original, converted)
+    with open_checkpoint(converted) as checkpoint:
+        assert 1 in checkpoint.spec.eos_ids, "only generation_config.json names it"
     assert_same_files(original, convert_back(converted, tmp_path / "back"))
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,44 @@ def test_broken_json(directory: Path, tensors: dict[str, np.ndarray], name: str,
     write_checkpoint(directory, CONFIG, tensors)
     (directory / name).write_bytes(text)
     with pytest.raises(CheckpointError, match=rf"{name}' (is not valid JSON|holds list, expected a JSON object)"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "of_config", "of_both"),
+    [
+        (2, [1, 2, 0], (2,), (2, 1, 0)),
+        (None, 5, (), (5,)),
+        ([3, 4], None, (3, 4), (3, 4)),
+        (50_279, 50_279, (50_279,), (50_279,)),  # as transformers writes a small model with its family's default
+    ],
+)
+def test_texts_end_where_either_config_says(
+    directory: Path,
+    tensors: dict[str, np.ndarray],
+    in_config: object,
+    in_generation: object,
+    of_config: tuple[int, ...],
+    of_both: tuple[int, ...],
+) -> None:
+    write_checkpoint(directory, CONFIG | {"eos_token_id": in_config}, tensors)
+    fields = {"eos_token_id": in_generation, "temperature": 0.6, "pad_token_id": -1}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    with open_checkpoint(directory) as checkpoint:
+        assert checkpoint.spec.eos_ids == of_both
+        assert checkpoint.generation_config == fields
+    (directory / "generation_config.json").unlink()
+    with open_checkpoint(directory) as checkpoint:
+        assert checkpoint.spec.eos_ids == of_config
+        assert checkpoint.generation_config == {}
+
+
+@pytest.mark.parametrize("eos", [64, -1, True, 1.0, "1", {"id": 1}, [[1]], [1, None], [1, 64]])
+def test_an_end_of_text_id_that_is_none(directory: Path, tensors: dict[str, np.ndarray], eos: object) -> None:
+    write_checkpoint(directory, CONFIG, tensors)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    message = rf"generation_config\.json': eos_token_id must be token ids from 0 to 63, got {re.escape(repr(eos))}"
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(directory)
 
 
