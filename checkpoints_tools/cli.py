@@ -1,29 +1,24 @@
 """`ef-convert`: converts, inspects and verifies checkpoints."""
 
 import argparse
-import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from checkpoints_tools.destination import remove
 from checkpoints_tools.inspection import as_table, inspect
 from checkpoints_tools.to_huggingface import convert_to_huggingface
 from checkpoints_tools.to_orbax import convert_to_orbax
 from checkpoints_tools.verification import verify
+from ef_jax import console
 from ef_jax.errors import CheckpointError, InputError
 from ef_jax.weights import Checkpoint, open_checkpoint
 from ef_jax.weights.converted import ConvertedCheckpoint
 from ef_jax.weights.dtypes import WEIGHT_DTYPES
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
-
-_EXIT_BAD_INPUT = 2
-_EXIT_DEFECT = 1
-_EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """Convert a Hugging Face MoE checkpoint to an Orbax checkpoint with one array an expert, and back.
 A conversion that was interrupted goes on when the same command is run again."""
@@ -32,30 +27,29 @@ _EPILOG = """other forms:
   ef-convert inspect PATH [--verify] [--json]   print what is inside a checkpoint of either format
   ef-convert PATH --verify                      read every weight and compare it with its checksum"""
 
+_INTERRUPTED = "interrupted: run the same command again to go on"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `ef-convert`; the exit code: 0, 2 for bad input, 130 if interrupted, 1 for a defect."""
+    """Run `ef-convert`; the exit code is that of `console.run`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    try:
-        contents, as_json = _run(words)
-    except InputError as error:
-        return _fail(str(error), _EXIT_BAD_INPUT, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted: run the same command again to go on", _EXIT_INTERRUPTED, debug)
-    except Exception as error:
-        return _fail(f"defect: {type(error).__name__}: {error} (--debug shows where)", _EXIT_DEFECT, debug)
-    print(json.dumps(contents) if as_json else as_table(contents))
-    return 0
+    return console.run("ef-convert", lambda: _run(words), debug="--debug" in words, interrupted=_INTERRUPTED)
 
 
-def _run(words: list[str]) -> tuple[dict[str, Any], bool]:
-    if words[:1] == ["inspect"]:
-        options = _inspect_parser().parse_args(words[1:])
-        with open_checkpoint(options.path) as checkpoint:
-            if options.verify:
-                verify(checkpoint)
-            return inspect(checkpoint) | ({"verified": True} if options.verify else {}), options.json
+def _run(words: list[str]) -> None:
+    contents, as_json = _inspect(words[1:]) if words[:1] == ["inspect"] else _convert_or_verify(words)
+    print(console.json_line(contents) if as_json else as_table(contents))
+
+
+def _inspect(words: list[str]) -> tuple[dict[str, Any], bool]:
+    options = _inspect_parser().parse_args(words)
+    with open_checkpoint(options.path) as checkpoint:
+        if options.verify:
+            verify(checkpoint)
+        return inspect(checkpoint) | ({"verified": True} if options.verify else {}), options.json
+
+
+def _convert_or_verify(words: list[str]) -> tuple[dict[str, Any], bool]:
     # Plain parse_args would not take SRC --to huggingface DST.
     options = _convert_parser().parse_intermixed_args(words)
     start = time.monotonic()
@@ -109,20 +103,8 @@ def _keep_off_accelerators() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a usage error like any other bad input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def _convert_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="ef-convert",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _convert_parser() -> console.Parser:
+    parser = console.Parser(prog="ef-convert", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hugging Face or converted")
     parser.add_argument("destination", metavar="DST", nargs="?", help="directory to write; must not exist")
     parser.add_argument("--to", choices=("orbax", "huggingface"), help="format to write (default: orbax)")
@@ -131,8 +113,8 @@ def _convert_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="ef-convert inspect", description="Print what is inside a checkpoint.")
+def _inspect_parser() -> console.Parser:
+    parser = console.Parser(prog="ef-convert inspect", description="Print what is inside a checkpoint.")
     parser.add_argument("path", metavar="PATH", help="checkpoint directory, Hugging Face or converted")
     _add_common(parser)
     return parser
@@ -142,13 +124,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read every weight back and compare checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"ef-convert: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,14 +1,49 @@
 """ef_jax: Mixture-of-Experts language models in JAX whose experts live in host memory."""
 
-from ef_jax.errors import BudgetError as BudgetError
-from ef_jax.errors import CheckpointError as CheckpointError
-from ef_jax.errors import InputError as InputError
-from ef_jax.errors import UnsupportedError as UnsupportedError
-from ef_jax.loading import load as load
-from ef_jax.memory.plan import MemoryPlan as MemoryPlan
-from ef_jax.runtime.generation import Generation as Generation
-from ef_jax.runtime.generation import Score as Score
-from ef_jax.runtime.language_model import LanguageModel as LanguageModel
-from ef_jax.runtime.sampling import SamplingOptions as SamplingOptions
-from ef_jax.runtime.stats import Stats as Stats
-from ef_jax.spec import ModelSpec as ModelSpec
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ef_jax.errors import BudgetError as BudgetError
+    from ef_jax.errors import CheckpointError as CheckpointError
+    from ef_jax.errors import InputError as InputError
+    from ef_jax.errors import UnsupportedError as UnsupportedError
+    from ef_jax.loading import load as load
+    from ef_jax.memory.plan import MemoryPlan as MemoryPlan
+    from ef_jax.runtime.generation import Generation as Generation
+    from ef_jax.runtime.generation import Score as Score
+    from ef_jax.runtime.language_model import LanguageModel as LanguageModel
+    from ef_jax.runtime.sampling import SamplingOptions as SamplingOptions
+    from ef_jax.runtime.stats import Stats as Stats
+    from ef_jax.spec import ModelSpec as ModelSpec
+
+_MODULES = {
+    "BudgetError": "errors",
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "UnsupportedError": "errors",
+    "load": "loading",
+    "MemoryPlan": "memory.plan",
+    "Generation": "runtime.generation",
+    "Score": "runtime.generation",
+    "LanguageModel": "runtime.language_model",
+    "SamplingOptions": "runtime.sampling",
+    "Stats": "runtime.stats",
+    "ModelSpec": "spec",
+}
+__all__ = list(_MODULES)
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used: `ef-jax --help` does not wait for JAX."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'ef_jax' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"ef_jax.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

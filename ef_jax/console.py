@@ -32,13 +32,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def run(program: str, body: Callable[[], None], *, debug: bool) -> int:
+def run(
+    program: str,
+    body: Callable[[], None],
+    *,
+    debug: bool,
+    interrupted: str = "interrupted",
+    out_of_memory: str = "out of memory",
+) -> int:
     """Run a command and turn what it raises into one line on stderr and an exit code.
 
     Args:
       program: the command's name, which begins the line.
       body: the command.
       debug: print the traceback of an error first.
+      interrupted: what to say after an interrupt.
+      out_of_memory: what to say when memory ran out.
 
     Returns:
       0; 2 for bad input; 1 if memory or the output ran out, or for a defect of ours; 130 if interrupted; 141 if the
@@ -53,7 +62,7 @@ def run(program: str, body: Callable[[], None], *, debug: bool) -> int:
     except InputError as error:
         return _fail(program, f"error: {error}", BAD_INPUT, debug)
     except KeyboardInterrupt:
-        return _fail(program, "interrupted", INTERRUPTED, debug)
+        return _fail(program, interrupted, INTERRUPTED, debug)
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
@@ -62,8 +71,7 @@ def run(program: str, body: Callable[[], None], *, debug: bool) -> int:
         return _fail(program, f"error: {error}", FAILED, debug)
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            advice = "give a smaller --device-memory, --context, --batch or --chunk"
-            return _fail(program, f"error: out of memory: {advice} (--debug shows where)", FAILED, debug)
+            return _fail(program, f"error: {out_of_memory} (--debug shows where)", FAILED, debug)
         return _fail(program, f"defect: {type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
     return 0
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ef_jax
+
 _ROOT = Path(__file__).parent.parent
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
 _PACKAGES = _PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
@@ -28,16 +30,50 @@ def test_commands_exist(target: str) -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_importing_is_light_and_leaves_the_devices_alone() -> None:
+def test_every_public_name_resolves_and_is_listed() -> None:
+    assert set(ef_jax.__all__) <= set(dir(ef_jax))
+    assert {"load", "LanguageModel", "SamplingOptions", "InputError"} <= set(ef_jax.__all__)
+    for name in ef_jax.__all__:
+        assert getattr(ef_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="'ef_jax' has no attribute 'lode'"):
+        _ = ef_jax.lode  # type: ignore[attr-defined]
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which of the slow libraries a fresh Python has imported after `code`."""
+    show = 'print("\\n", *{"jax", "flax", "orbax", "transformers", "torch", "matplotlib"} & set(sys.modules))'
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{show}"], check=True, cwd=_ROOT, capture_output=True, text=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_importing_waits_for_nothing() -> None:
+    assert loaded_by("import ef_jax") == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("ef_jax.cli", ["--help"]),
+        ("ef_jax.cli", ["generate", "--help"]),
+        ("checkpoints_tools.cli", ["--help"]),
+        ("checkpoints_tools.cli", ["inspect", "ef_jax/models/small_moe"]),
+    ],
+)
+def test_help_waits_for_nothing(module: str, words: list[str]) -> None:
+    code = f"from {module} import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"
+    assert loaded_by(code) == set()
+
+
+def test_loading_names_leaves_the_devices_alone() -> None:
     code = """
-import sys
-import ef_jax
+from ef_jax import *
 from jax._src import xla_bridge
-heavy = {"torch", "transformers", "matplotlib"} & set(sys.modules)
-assert not heavy, heavy
+assert callable(load)
 assert not xla_bridge.backends_are_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=_ROOT)
+    assert loaded_by(code) == {"jax", "flax"}
 
 
 def test_bundled_model_is_complete(small_moe: Path) -> None:

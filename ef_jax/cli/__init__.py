@@ -15,6 +15,7 @@ COMMANDS = {
 }
 
 _DESCRIPTION = "Run Mixture-of-Experts language models whose experts live in host memory."
+_OUT_OF_MEMORY = "out of memory: give a smaller --device-memory, --context, --batch or --chunk"
 _EPILOG = "commands (each has --help, --json and --debug):\n" + "\n".join(
     f"  {name:10} {summary}" for name, summary in COMMANDS.items()
 )
@@ -23,7 +24,7 @@ _EPILOG = "commands (each has --help, --json and --debug):\n" + "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ef-jax`; the exit code is that of `console.run`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return console.run("ef-jax", lambda: _run(words), debug="--debug" in words)
+    return console.run("ef-jax", lambda: _run(words), debug="--debug" in words, out_of_memory=_OUT_OF_MEMORY)
 
 
 def _run(words: list[str]) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import checkpoints_tools.cli
 from checkpoints_tools.cli import main
+from ef_jax import console
 from tests.weights.synthetic import CONFIGS, random_tensors, write_checkpoint
 
 CONFIG = CONFIGS["qwen2_moe"]
@@ -28,6 +30,7 @@ def fails(words: list[object], message: str, capsys: pytest.CaptureFixture[str])
     assert main([str(word) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert captured.err.startswith("ef-convert: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
 
@@ -131,6 +134,28 @@ def test_a_defect_is_told_apart(
     monkeypatch.setattr(checkpoints_tools.cli, "open_checkpoint", broken)
     assert main(["inspect", str(base / "original")]) == 1
     assert capsys.readouterr().err == "ef-convert: defect: RuntimeError: boom (--debug shows where)\n"
+
+
+def test_an_interrupt_says_how_to_go_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints_tools.cli, "convert_to_orbax", interrupted)
+    assert main([str(base / "original"), str(tmp_path / "new")]) == console.INTERRUPTED
+    assert capsys.readouterr().err == "ef-convert: interrupted: run the same command again to go on\n"
+
+
+def test_a_reader_that_leaves_early_is_not_reported(base: Path) -> None:
+    words = [sys.executable, "-m", "checkpoints_tools.cli", "inspect", str(base / "original")]
+    root = Path(__file__).parent.parent.parent
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == console.BROKEN_PIPE
 
 
 def test_arguments_default_to_the_command_line(
