@@ -13,22 +13,13 @@ pytest.importorskip("torch")
 from ef_jax import nn
 from ef_jax.families import spec_from_config
 from tests.nn import reference
+from tests.parity.cases import LLAMA3, YARN
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
