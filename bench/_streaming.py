@@ -15,6 +15,7 @@ from bench import _models
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.stats import PhaseStats
+from ef_jax.runtime.steps import Routed
 
 
 class StreamingEngine(Engine):
@@ -27,8 +28,8 @@ class StreamingEngine(Engine):
         self._half = 0
         self._coming: list[jax.Array] | None = None
 
-    def _serve(self, layer, routed, phase: PhaseStats, deferred):  # type: ignore[no-untyped-def]
-        index, layers, count = self._moe_index[layer], len(self.spec.moe_layers), self.spec.experts.count
+    def _serve(self, phase: PhaseStats, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
+        layers, count = len(self.spec.moe_layers), self.spec.experts.count
         spent = self.link.seconds
         blocks = self._coming or self.link.start(index, range(count))
         self._half = 1 - self._half

@@ -1,5 +1,6 @@
 """The engine: one device, one batch at a time, experts served from slots as the routers ask for them."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ from ef_jax.runtime.prefill import PromptExperts
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
 from ef_jax.runtime.stats import PhaseStats, Stats
+from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.link import DeviceLink
 from ef_jax.spec import ModelSpec
 
@@ -42,7 +44,6 @@ class Engine:
         )
         self._dense = dense
         self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
-        self._kinds = [layer.ffn for layer in spec.layers]
         self._windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._prompt_experts = PromptExperts(residency, link)
@@ -80,31 +81,13 @@ class Engine:
         Returns:
           tokens int32 `[B]` and log-probabilities f32 `[B]`; those of inactive sequences mean nothing.
         """
-        batch, programs, layers = self._batch, self.programs, self._dense.layers
-        phase = self.stats.decode
+        batch, phase = self._batch, self.stats.decode
         began = time.perf_counter()
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
+        span = self.programs.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
-        span = programs.span(int(positions.max()) + 1)
-        run = programs.layers(1, span)
-        carried, batch.k[0], batch.v[0] = run[0](
-            self._dense.top, batch.tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
-        )
-        for layer in range(1, len(layers)):
-            if self._kinds[layer - 1] == "moe":
-                carried = self._serve(layer - 1, carried, phase, deferred)
-            carried, batch.k[layer], batch.v[layer] = run[layer](
-                layers[layer - 1],
-                carried,
-                layers[layer],
-                batch.k[layer],
-                batch.v[layer],
-                positions,
-                self._windows[layer],
-            )
-        if self._kinds[-1] == "moe":
-            carried = self._serve(len(layers) - 1, carried, phase, deferred)
-        tokens, logprobs = self._choose(programs.end_step()(layers[-1], carried))
+        carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, phase, deferred))
+        tokens, logprobs = self._choose(self.programs.end_step()(self._dense.layers[-1], carried))
         for index, ids in deferred:
             phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
         batch.length[batch.active] += 1
@@ -169,34 +152,32 @@ class Engine:
                 positions[sequence, : len(part)] = np.arange(start, start + len(part))
                 if start < len(prompt) <= start + width:
                     index[sequence] = len(prompt) - start - 1
-            carried = self._chunk(width, self.programs.span(start + width), tokens, positions)
+            span = self.programs.span(start + width)
+            serve = functools.partial(self._serve_prompt, self.programs.wave(width))
+            carried = self._layers(width, span, tokens, positions, serve)
             x, batch.last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, batch.last, index)
             self.stats.prefill.steps += 1
             yield x
 
-    def _chunk(self, width: int, span: int, tokens: np.ndarray, positions: np.ndarray):  # type: ignore[no-untyped-def]
-        batch, programs, layers = self._batch, self.programs, self._dense.layers
-        run = programs.layers(width, span)
+    def _layers(self, width, span, tokens, positions, serve):  # type: ignore[no-untyped-def]
+        """Every layer of a pass; `serve(index, carried)` sees to the experts of each MoE layer. Returns the last's."""
+        batch, layers, windows = self._batch, self._dense.layers, self._windows
+        run = self.programs.layers(width, span)
         carried, batch.k[0], batch.v[0] = run[0](
-            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, self._windows[0]
+            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, windows[0]
         )
         for layer in range(1, len(layers)):
-            if self._kinds[layer - 1] == "moe":
-                carried = self._serve_prompt(layer - 1, width, carried)
+            before = layer - 1
+            if before in self._moe_index:
+                carried = serve(self._moe_index[before], carried)
             carried, batch.k[layer], batch.v[layer] = run[layer](
-                layers[layer - 1],
-                carried,
-                layers[layer],
-                batch.k[layer],
-                batch.v[layer],
-                positions,
-                self._windows[layer],
+                layers[before], carried, layers[layer], batch.k[layer], batch.v[layer], positions, windows[layer]
             )
-        return self._serve_prompt(len(layers) - 1, width, carried) if self._kinds[-1] == "moe" else carried
+        last = len(layers) - 1
+        return serve(self._moe_index[last], carried) if last in self._moe_index else carried
 
-    def _serve(self, layer, routed, phase: PhaseStats, deferred):  # type: ignore[no-untyped-def]
-        """Have every expert that the layer's router chose in a slot; a layer that cannot miss is not read back."""
-        index = self._moe_index[layer]
+    def _serve(self, phase: PhaseStats, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
+        """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
         residency = self.residency
         if residency.all_resident:
             deferred.append((index, routed.ids))
@@ -212,12 +193,9 @@ class Engine:
             phase.stall_seconds += self.link.seconds - spent
         return routed, self.link.pool.array, admission.slot_row
 
-    def _serve_prompt(self, layer, width: int, carried):  # type: ignore[no-untyped-def]
+    def _serve_prompt(self, wave, index: int, carried):  # type: ignore[no-untyped-def]
         routed, rows, outputs = carried
-        outputs = self._prompt_experts.run(
-            self._moe_index[layer], rows, outputs, self.programs.wave(width), self.stats.prefill
-        )
-        return routed, rows.order, outputs
+        return routed, rows.order, self._prompt_experts.run(index, rows, outputs, wave, self.stats.prefill)
 
     def _note_peak(self) -> None:
         live = sum(

@@ -31,6 +31,7 @@ class LanguageModel:
     def __init__(self, path: Path, spec: ModelSpec, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.path, self.spec, self.tokenizer = path, spec, tokenizer
         self._engine = engine
+        self._runs = 0
 
     @property
     def plan(self) -> MemoryPlan:
@@ -104,6 +105,7 @@ class LanguageModel:
           InputError: no ids, too many, or some outside the vocabulary.
         """
         ids = self._check_ids(token_ids, room=0)
+        self._begin()
         self._engine.prepare([len(ids)], len(ids))
         return np.concatenate(list(self._engine.logits(ids)))
 
@@ -116,6 +118,7 @@ class LanguageModel:
         scores = []
         for text in _as_list(texts):
             ids = self.encode(text, room=0)
+            self._begin()
             self._engine.prepare([len(ids)], len(ids))
             total, done = 0.0, 0
             for logits in self._engine.logits(ids):
@@ -168,7 +171,7 @@ class LanguageModel:
         self, ids: list[np.ndarray], options: SamplingOptions, outputs: list["_Output"], first: int
     ) -> Iterator[tuple[int, str]]:
         """Generate for one batch; yields `(sequence, piece of text)` as it comes."""
-        engine = self._engine
+        engine, run = self._engine, self._begin()
         eos = () if options.ignore_eos else self.spec.eos_ids
         lengths = [len(prompt) for prompt in ids]
         limits = [min(options.max_new_tokens, self.plan.context - length) for length in lengths]
@@ -184,11 +187,22 @@ class LanguageModel:
                         running.discard(sequence)
                         engine.stop(sequence)
                     yield sequence, piece
+                    if run != self._runs:
+                        raise InputError(
+                            "another call has used the model since this stream began: read a stream to its end, or "
+                            "close it, before the next call"
+                        )
                 if not running:
                     return
                 tokens, logprobs = engine.step()
         finally:
-            engine.finish()
+            if run == self._runs:
+                engine.finish()
+
+    def _begin(self) -> int:
+        """The number of a new run; the engine holds one run's state, so an older stream cannot go on."""
+        self._runs += 1
+        return self._runs
 
 
 class _Output:

@@ -45,6 +45,15 @@ def test_leaving_a_stream_early_leaves_the_model_usable(lm):
     assert lm.generate(PROMPT, max_new_tokens=30)[0].text.startswith(first)
 
 
+def test_a_stream_that_another_call_has_overtaken_says_so(lm):
+    stream = lm.stream(PROMPT, max_new_tokens=30)
+    next(stream)
+    expected = lm.generate("ROMEO:", max_new_tokens=6)
+    with pytest.raises(ef_jax.InputError, match="another call has used the model since this stream began"):
+        next(stream)
+    assert lm.generate("ROMEO:", max_new_tokens=6) == expected
+
+
 def test_finish_reasons(lm):
     whole = lm.generate(PROMPT, max_new_tokens=24)[0]
     assert (whole.finish_reason, len(whole.tokens), len(whole.logprobs)) == ("length", 24, 24)
