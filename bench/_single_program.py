@@ -33,7 +33,7 @@ class SingleProgram:
         slot_of = engine.residency.slot_of.copy()
         moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
 
-        def step(top, layers, pool, sampling, tokens, state):  # type: ignore[no-untyped-def]
+        def step(top, layers, finish, pool, sampling, tokens, state):  # type: ignore[no-untyped-def]
             ends = merge_top(top_definition(spec)[0], top)
             positions, number, seen, caches = state
             x = ends.embed_tokens(tokens)
@@ -45,7 +45,7 @@ class SingleProgram:
                 new_caches.append((k, v))
                 if isinstance(entered, steps.Routed):
                     output = steps.run_experts(spec, entered, pool, jnp.asarray(slot_of[moe_index[index]]))
-                    entered = steps.finish_experts(spec, layers[index], entered, output)
+                    entered = steps.finish_experts(spec, finish[index], entered, output)
                 x = entered
             chosen, _ = sample(ends.logits(x[:, 0]), seen, number, sampling)
             chosen = chosen[:, None]
@@ -53,7 +53,7 @@ class SingleProgram:
             return chosen, (positions + 1, number + 1, seen, new_caches)
 
         self._sampling = jax.device_put(sampling_arrays(SamplingOptions(), 1), engine._batch.sharding)
-        jitted = jax.jit(step, donate_argnums=5, out_shardings=engine._batch.sharding)
+        jitted = jax.jit(step, donate_argnums=6, out_shardings=engine._batch.sharding)
         self._step = jitted.lower(*self._weights, *self._state()).compile()
 
     def decode(self, count: int) -> tuple[float, np.ndarray]:
@@ -71,7 +71,7 @@ class SingleProgram:
 
     @property
     def _weights(self) -> tuple[Any, ...]:
-        return self._dense.top, self._dense.layers, self._engine.link.pool.array, self._sampling
+        return self._dense.top, self._dense.layers, self._dense.finish, self._engine.link.pool.array, self._sampling
 
     def _state(self) -> tuple[jax.Array, Any]:
         """Copies of the engine's batch: the last token, and `(positions, number, seen, caches)`."""

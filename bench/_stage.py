@@ -41,7 +41,9 @@ def convert(source: str, destination: str) -> dict[str, Any]:
 def generate(model: str, budget: str, tokens: str) -> dict[str, Any]:
     """Load a checkpoint under a device budget and generate from token ids."""
     import ef_jax
+    from ef_jax.inline_dispatch import dispatch_inline
 
+    dispatch_inline()
     planned: list[float] = []
     began = time.perf_counter()
     lm = ef_jax.load(

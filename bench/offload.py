@@ -14,7 +14,8 @@ streaming, which asks for all); stall ms a step (host time in handing over copie
 bound = max(step of "all resident", bytes / link bandwidth) in ms a step; "of bound" = bound over measured, 1 being the
 ceiling. Link bandwidth is that of a loop which copies blocks into slots, eight a call, with nothing else going on.
 
-Figures are medians over repeats, with the least and the largest in the JSON. Prints a table, then one line of JSON.
+Figures are medians over repeats, with the least and the largest in the JSON. Programs run inline on CPU, as in
+`ef-jax generate` (`ef_jax.inline_dispatch`). Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import numpy as np
 import ef_jax
 from bench import _models, _report
 from bench._streaming import streaming_model
+from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.sampling import SamplingOptions
@@ -43,6 +45,7 @@ _TIMED = ("tokens_per_second", "ms_per_step", "stall_ms_per_step")
 
 def main() -> int:
     """Run the bench; the exit code."""
+    dispatch_inline()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, help="checkpoint directory (default: the bundled model)")

@@ -16,7 +16,8 @@ single: decoding with every expert on the device (made-up weights, `--shape`, ba
 transformers: tokens a second of greedy decoding (bundled model, batch 1, one prompt), tokens after the first over the
   time they take: of `lm.generate` with text (call minus prefill) by share of the experts that are cached, and of
   Hugging Face `generate` in torch on the CPU for each weight type, number of threads and implementation of the
-  experts, of which only the fastest are repeated. "ratio" is ours over the best of theirs, "tokens_equal" how many
+  experts, of which only the fastest are repeated. "ratio" is ours over the best of theirs, "ratio_to_same_dtype" over
+  the best that computes in the checkpoint's own dtype, as ours does and as their default is; "tokens_equal" how many
   tokens agree before the first that does not. Both sides are measured in turns: ours, theirs, ours.
 
 Figures are medians over repeats with the least and the largest; contenders take turns within a repeat. Prints tables,
@@ -39,6 +40,7 @@ import ef_jax
 from bench import _models, _report
 from bench._host_work import COMPONENTS, HostWork
 from bench._single_program import SingleProgram
+from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.loading import bundled_model
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 
@@ -49,6 +51,7 @@ _PROMPT_TOKENS = 32
 
 def main() -> int:
     """Run the bench; the exit code."""
+    dispatch_inline()
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "host": host,
         "single": single,
@@ -168,21 +171,42 @@ def transformers(options: argparse.Namespace) -> dict[str, Any]:
     for row in theirs:
         equal = [a == b for a, b in zip(row.pop("tokens"), tokens, strict=False)]
         row["tokens_equal"] = equal.index(False) if False in equal else len(equal)
-    best = max(theirs, key=lambda row: row["tokens_per_second"]["median"])
     spreads = {fraction: _report.spread(rates) for fraction, rates in ours.items()}
-    fastest = best["tokens_per_second"]["median"]
-    ratios = {fraction: _report.rounded(rate["median"] / fastest) for fraction, rate in spreads.items()}
-    rows = [(f"ef_jax, {name} of the experts", *_three(rate), ratios[name]) for name, rate in spreads.items()]
+    same_dtype = [row for row in theirs if row["dtype"] == models[1.0].spec.dtype]
+    best, ratio = _against(spreads, theirs)
+    best_same, ratio_same = _against(spreads, same_dtype)
+    rows = [
+        (f"ef_jax, {name} of the experts", *_three(rate), ratio[name], ratio_same[name])
+        for name, rate in spreads.items()
+    ]
     rows += [
         (
             f"transformers, {row['dtype']}, {row['experts']}, {row['threads']} threads",
             *_three(row["tokens_per_second"]),
             None,
+            None,
         )
         for row in theirs
     ]
-    print(_report.table(["decoding, tokens/s", "median", "min", "max", "ratio to best"], rows), end="\n\n")
-    return {"tokens_per_second": spreads, "transformers": theirs, "best": best, "ratio": ratios}
+    head = ["decoding, tokens/s", "median", "min", "max", "ratio to best", "to best of its dtype"]
+    print(_report.table(head, rows), end="\n\n")
+    return {
+        "tokens_per_second": spreads,
+        "transformers": theirs,
+        "best": best,
+        "ratio": ratio,
+        "best_of_same_dtype": best_same,
+        "ratio_to_same_dtype": ratio_same,
+    }
+
+
+def _against(
+    ours: dict[str, dict[str, float]], theirs: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The fastest of `theirs`, and how many times faster each of ours is."""
+    best = max(theirs, key=lambda row: row["tokens_per_second"]["median"])
+    fastest = best["tokens_per_second"]["median"]
+    return best, {name: _report.rounded(rate["median"] / fastest) for name, rate in ours.items()}
 
 
 def _transformers_rows(prompt: np.ndarray, options: argparse.Namespace) -> list[dict[str, Any]]:

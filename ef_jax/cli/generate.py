@@ -29,9 +29,11 @@ def run(words: Sequence[str]) -> None:
     options = build_parser().parse_intermixed_args(words)
     prompts = read_prompts(options)
     # Whatever can be said about the input is said before the programs are compiled and the weights are read.
+    from ef_jax.inline_dispatch import dispatch_inline
     from ef_jax.text import require_tokenizer
     from ef_jax.weights import open_checkpoint
 
+    dispatch_inline()
     path = common.model_path(options.model)
     with open_checkpoint(path, options.dtype) as checkpoint:
         sampling = sampling_options(options, checkpoint.generation_config)

@@ -9,7 +9,9 @@ from ef_jax.nn.decoder import Decoder as Decoder
 from ef_jax.nn.decoder import DecoderLayer as DecoderLayer
 from ef_jax.nn.decoder import TokenEnds as TokenEnds
 from ef_jax.nn.definition import dense_shapes as dense_shapes
+from ef_jax.nn.definition import finish_paths as finish_paths
 from ef_jax.nn.definition import layer_definition as layer_definition
+from ef_jax.nn.definition import merge_finish as merge_finish
 from ef_jax.nn.definition import merge_layer as merge_layer
 from ef_jax.nn.definition import merge_top as merge_top
 from ef_jax.nn.definition import top_definition as top_definition

@@ -25,6 +25,18 @@ def layer_definition(
     return graphdef, tuple(shapes)
 
 
+def finish_paths(spec: ModelSpec) -> tuple[str, ...]:
+    """Paths of the leaves that an MoE layer's `finish` reads: the shared expert's, where there is one."""
+    return tuple(path for path in layer_definition(spec, "moe")[1] if path.startswith("shared."))
+
+
+def merge_finish(spec: ModelSpec, leaves: Sequence[jax.Array]) -> DecoderLayer:
+    """An MoE layer good for `finish` alone, over the leaves of `finish_paths`; for use while tracing."""
+    graphdef, paths = layer_definition(spec, "moe")
+    given = dict(zip(finish_paths(spec), leaves, strict=True))
+    return nnx.graph.unflatten(graphdef, [given.get(path) for path in paths])
+
+
 def top_definition(spec: ModelSpec) -> tuple[nnx.GraphDef[TokenEnds], tuple[str, ...]]:
     """The same for embedding, final norm and head, merged back by `merge_top`."""
     graphdef, shapes = _top(spec)

@@ -4,18 +4,28 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from ef_jax.nn import layer_definition, top_definition
+from ef_jax.nn import finish_paths, layer_definition, top_definition
 from ef_jax.spec import ModelSpec
 from ef_jax.weights import Checkpoint
 
 
 class DenseWeights:
-    """Device arrays as the programs take them: `top` (embedding, final norm, head) and each layer's `layers[i]`."""
+    """Device arrays as the programs take them.
+
+    Attributes:
+      top: embedding, final norm and head.
+      layers: each decoder layer's leaves.
+      finish: the leaves that finish each layer after its experts; none for a dense layer.
+    """
 
     def __init__(self, spec: ModelSpec, arrays: Mapping[str, jax.Array]) -> None:
         self.top = [arrays[path] for path in top_definition(spec)[1]]
         self.layers = [
             [arrays[f"layers.{index}.{path}"] for path in layer_definition(spec, layer.ffn)[1]]
+            for index, layer in enumerate(spec.layers)
+        ]
+        self.finish = [
+            [arrays[f"layers.{index}.{path}"] for path in (finish_paths(spec) if layer.ffn == "moe" else ())]
             for index, layer in enumerate(spec.layers)
         ]
 

@@ -44,7 +44,8 @@ class Engine:
         )
         self._dense = dense
         self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
-        self._windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
+        windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
+        self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._prompt_experts = PromptExperts(residency, link)
 
@@ -87,7 +88,7 @@ class Engine:
         span = self.programs.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
         carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, phase, deferred))
-        tokens, logprobs = self._choose(self.programs.end_step()(self._dense.layers[-1], carried))
+        tokens, logprobs = self._choose(self.programs.end_step()(self._dense.finish[-1], carried))
         for index, ids in deferred:
             phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
         batch.length[batch.active] += 1
@@ -155,23 +156,23 @@ class Engine:
             span = self.programs.span(start + width)
             serve = functools.partial(self._serve_prompt, self.programs.wave(width))
             carried = self._layers(width, span, tokens, positions, serve)
-            x, batch.last = self.programs.end_chunk(width)(self._dense.layers[-1], carried, batch.last, index)
+            x, batch.last = self.programs.end_chunk(width)(self._dense.finish[-1], carried, batch.last, index)
             self.stats.prefill.steps += 1
             yield x
 
     def _layers(self, width, span, tokens, positions, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(index, carried)` sees to the experts of each MoE layer. Returns the last's."""
-        batch, layers, windows = self._batch, self._dense.layers, self._windows
+        batch, windows, layers, finish = self._batch, self._windows, self._dense.layers, self._dense.finish
         run = self.programs.layers(width, span)
-        carried, batch.k[0], batch.v[0] = run[0](
-            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], positions, windows[0]
+        carried, batch.k[0], batch.v[0], positions = run[0](
+            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], windows[0], positions
         )
         for layer in range(1, len(layers)):
             before = layer - 1
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
             carried, batch.k[layer], batch.v[layer] = run[layer](
-                layers[before], carried, layers[layer], batch.k[layer], batch.v[layer], positions, windows[layer]
+                finish[before], carried, layers[layer], batch.k[layer], batch.v[layer], windows[layer], positions
             )
         last = len(layers) - 1
         return serve(self._moe_index[last], carried) if last in self._moe_index else carried

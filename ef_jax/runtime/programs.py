@@ -5,8 +5,9 @@ Ahead-of-time executables are called directly. A call with another shape raises 
 
 A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
 `head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`. Arguments are in the order that each
-docstring gives them; "carried" is what a layer hands to the next program: for a dense layer the residual stream, for an
-MoE layer `(Routed, pool, slot_row)` when decoding and `(Routed, order, outputs)` in a prompt.
+docstring gives them. "finish" are the leaves of `finish_paths`, none for a dense layer. "carried" is what a layer
+hands to the next program: for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row)` when
+decoding and `(Routed, order, outputs)` in a prompt.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.program_memory import program_memory
-from ef_jax.nn import cache_shape, dense_shapes, layer_definition, merge_top, top_definition
+from ef_jax.nn import cache_shape, dense_shapes, finish_paths, layer_definition, merge_top, top_definition
 from ef_jax.runtime import steps
 from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
 from ef_jax.spec import ModelSpec
@@ -126,29 +127,34 @@ class Programs:
         return passes
 
     def begin(self, width: int, span: int) -> Compiled:
-        """`(top, tokens, leaves, k, v, positions, window) -> carried, k, v`: embedding and the first layer."""
+        """`(top, tokens, leaves, k, v, window, positions) -> carried, k, v, positions`: embedding and first layer.
+
+        Positions come back as a device array, which the other layers take without another copy.
+        """
         kind = self._kinds[0]
 
-        def begin(top, tokens, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
+        def begin(top, tokens, leaves, k, v, window, positions):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
-            return self._enter(width, span, kind, leaves, x, k, v, positions, window)
+            return *self._enter(width, span, kind, leaves, x, k, v, window, positions), positions
 
         def inputs() -> tuple[Any, ...]:
             tokens = self._device_int(self.batch, 1) if width == 1 else self._int(self.batch, width)
-            return (self._top_leaves(), tokens, self._leaves(kind), *self._layer_inputs(width))
+            positions = self._int(self.batch, width)
+            return (self._top_leaves(), tokens, self._leaves(kind), *self._layer_inputs(), positions)
 
         return self._program(("begin", width, span), begin, inputs, donate=(3, 4))
 
     def between(self, width: int, span: int, before: steps.FFNKind, after: steps.FFNKind) -> Compiled:
-        """`(leaves, carried, next leaves, k, v, positions, window) -> carried, k, v`: from one layer into the next."""
+        """`(finish, carried, next leaves, k, v, window, positions) -> carried, k, v`: from one layer into the next."""
 
-        def between(leaves_before, carried, leaves, k, v, positions, window):  # type: ignore[no-untyped-def]
-            x = self._leave(width, before, leaves_before, carried)
-            return self._enter(width, span, after, leaves, x, k, v, positions, window)
+        def between(finish, carried, leaves, k, v, window, positions):  # type: ignore[no-untyped-def]
+            x = self._leave(width, before, finish, carried)
+            return self._enter(width, span, after, leaves, x, k, v, window, positions)
 
         def inputs() -> tuple[Any, ...]:
             carried = self._carried(width, before)
-            return (self._leaves(before), carried, self._leaves(after), *self._layer_inputs(width))
+            positions = self._device_int(self.batch, width)
+            return (self._finish(before), carried, self._leaves(after), *self._layer_inputs(), positions)
 
         return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4))
 
@@ -164,29 +170,29 @@ class Programs:
         return self._program(("wave", width), wave, inputs, donate=(1,))
 
     def end_step(self) -> Compiled:
-        """`(leaves, carried) -> last [B, D]`: the last layer's experts in a decode step."""
+        """`(finish, carried) -> last [B, D]`: the last layer's experts in a decode step."""
         kind = self._kinds[-1]
 
-        def end_step(leaves, carried):  # type: ignore[no-untyped-def]
-            return self._leave(1, kind, leaves, carried)[:, 0]
+        def end_step(finish, carried):  # type: ignore[no-untyped-def]
+            return self._leave(1, kind, finish, carried)[:, 0]
 
-        return self._program(("end_step",), end_step, lambda: (self._leaves(kind), self._carried(1, kind)))
+        return self._program(("end_step",), end_step, lambda: (self._finish(kind), self._carried(1, kind)))
 
     def end_chunk(self, width: int) -> Compiled:
-        """`(leaves, carried, last, index) -> x, last`: the residual stream after the last layer of a chunk.
+        """`(finish, carried, last, index) -> x, last`: the residual stream after the last layer of a chunk.
 
         `last` `[B, D]` (donated) takes the row `index[b]` of each sequence whose prompt ends in the chunk; -1: none.
         """
         kind = self._kinds[-1]
 
-        def end_chunk(leaves, carried, last, index):  # type: ignore[no-untyped-def]
-            x = self._leave(width, kind, leaves, carried)
+        def end_chunk(finish, carried, last, index):  # type: ignore[no-untyped-def]
+            x = self._leave(width, kind, finish, carried)
             ends = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
             return x, jnp.where(index[:, None] >= 0, ends, last)
 
         def inputs() -> tuple[Any, ...]:
             last = self._float(self.batch, self.spec.hidden)
-            return (self._leaves(kind), self._carried(width, kind), last, self._int(self.batch))
+            return (self._finish(kind), self._carried(width, kind), last, self._int(self.batch))
 
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
 
@@ -232,14 +238,14 @@ class Programs:
             return bool(key[1] == 1 and key[3] == "moe")
         return name == "wave" or (name == "end_step" and self._kinds[-1] == "moe")
 
-    def _enter(self, width, span, kind, leaves, x, k, v, positions, window):  # type: ignore[no-untyped-def]
+    def _enter(self, width, span, kind, leaves, x, k, v, window, positions):  # type: ignore[no-untyped-def]
         entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)
         if not isinstance(entered, steps.Routed) or width == 1:
             return entered, k, v
         rows = steps.sort_rows(entered, self.spec.experts.count)
         return (entered, rows, jnp.zeros_like(rows.rows)), k, v
 
-    def _leave(self, width, kind, leaves, carried):  # type: ignore[no-untyped-def]
+    def _leave(self, width, kind, finish, carried):  # type: ignore[no-untyped-def]
         if kind == "dense":
             return carried
         if width == 1:
@@ -248,7 +254,7 @@ class Programs:
         else:
             routed, order, outputs = carried
             output = steps.combine(outputs, order, routed.weights)
-        return steps.finish_experts(self.spec, leaves, routed, output)
+        return steps.finish_experts(self.spec, finish, routed, output)
 
     def _top(self, leaves):  # type: ignore[no-untyped-def]
         return merge_top(top_definition(self.spec)[0], leaves)
@@ -293,16 +299,20 @@ class Programs:
         index = self._kinds.index(kind)
         return [self._dense(f"layers.{index}.{path}") for path in layer_definition(self.spec, kind)[1]]
 
+    def _finish(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
+        index = self._kinds.index(kind)
+        return [self._dense(f"layers.{index}.{path}") for path in (finish_paths(self.spec) if kind == "moe" else ())]
+
     def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
         return [self._dense(path) for path in top_definition(self.spec)[1]]
 
     def _pool(self) -> jax.ShapeDtypeStruct:
         return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
 
-    def _layer_inputs(self, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def _layer_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape = cache_shape(self.spec, self.batch, self.context)
         cache = self._array(shape.shape, shape.dtype)
-        return (cache, cache, self._int(self.batch, width), self._int())
+        return cache, cache, self._device_int()
 
     def _routed(self, width: int) -> Any:
         hidden = self._float(self.batch, width, self.spec.hidden)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
-from ef_jax.nn import layer_definition, merge_layer
+from ef_jax.nn import layer_definition, merge_finish, merge_layer
 from ef_jax.spec import ModelSpec
 from pallas_kernels import grouped_ffn
 
@@ -111,9 +111,8 @@ def run_wave(
 def finish_experts(
     spec: ModelSpec, leaves: Leaves, routed: Routed, output: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """The residual stream after an MoE layer."""
-    layer = merge_layer(layer_definition(spec, "moe")[0], leaves)
-    return layer.finish(routed.x, routed.h, output)
+    """The residual stream after an MoE layer; `leaves` are those of `finish_paths`."""
+    return merge_finish(spec, leaves).finish(routed.x, routed.h, output)
 
 
 def enter_layer(

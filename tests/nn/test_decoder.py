@@ -199,7 +199,7 @@ def test_lowers_for_cuda(tokens: int) -> None:
         return layer.route(x), k, v
 
     x = jax.ShapeDtypeStruct((2, tokens, 32), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((2, 256, 2, 8), jnp.bfloat16)
+    k = nn.cache_shape(spec, 2, 256)
     positions = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
     traced = jax.jit(step).trace(leaves, x, k, positions, jax.ShapeDtypeStruct((), jnp.int32))
     assert "stablehlo" in traced.lower(lowering_platforms=("cuda",)).as_text()
