@@ -28,7 +28,7 @@ class NullPrograms(Programs):
     def of(cls, programs: Programs) -> "NullPrograms":
         """Stand-ins for `programs`, still to be compiled."""
         null = cls.__new__(cls)
-        vars(null).update(vars(programs), _compiled={}, _passes={})
+        vars(null).update(vars(programs), _compiled={}, _memory={}, _passes={})
         return null
 
     def _program(
@@ -104,13 +104,13 @@ class Playback:
 
     def _layer(self, program: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> tuple[Any, ...]:
-            carried, k, v = self._call(program, arguments)
+            carried, *caches = self._call(program, arguments)
             if isinstance(carried, Routed):
                 ids = carried.ids if self._routes is None else next(self._routes)
                 if self._routes is None:
                     self.taken.append(ids)
                 carried = carried._replace(ids=self._timed(ids))
-            return carried, k, v
+            return carried, *caches
 
         return call
 

@@ -55,12 +55,13 @@ class Programs:
         self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        self._memory: dict[tuple[Any, ...], Any] = {}
         self._passes: dict[tuple[int, int], list[Compiled]] = {}
 
     def with_pool_slots(self, pool_slots: int) -> "Programs":
         """The same programs over a pool of another size; those that do not read the pool stay compiled."""
         other = copy.copy(self)
-        other.pool_slots, other._passes = pool_slots, {}
+        other.pool_slots, other._memory, other._passes = pool_slots, {}, {}
         other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
         return other
 
@@ -102,7 +103,7 @@ class Programs:
     @property
     def workspace_bytes(self) -> int:
         """Temporaries and fresh outputs of the largest program so far, and the outputs it was fed."""
-        analyses = [program_memory(compiled) for compiled in self._compiled.values()]
+        analyses = self._analyses()
         fresh = [analysis.output_size_in_bytes - analysis.alias_size_in_bytes for analysis in analyses]
         largest = max(analysis.temp_size_in_bytes + out for analysis, out in zip(analyses, fresh, strict=True))
         return int(largest + max(fresh))
@@ -110,7 +111,7 @@ class Programs:
     @property
     def temp_bytes(self) -> int:
         """Temporaries of the largest program, which no list of live arrays shows."""
-        return max(int(program_memory(compiled).temp_size_in_bytes) for compiled in self._compiled.values())
+        return max(int(analysis.temp_size_in_bytes) for analysis in self._analyses())
 
     @property
     def count(self) -> int:
@@ -221,6 +222,12 @@ class Programs:
             return (self._float(LOGIT_ROWS, self.spec.hidden), self._top_leaves())
 
         return self._program(("logits",), logits, inputs)
+
+    def _analyses(self) -> list[Any]:
+        """The memory analyses of all programs so far; each takes XLA milliseconds, once."""
+        for key in self._compiled.keys() - self._memory.keys():
+            self._memory[key] = program_memory(self._compiled[key])
+        return list(self._memory.values())
 
     # What the programs are made of.
 
