@@ -104,6 +104,16 @@ def test_a_row_does_not_depend_on_its_company(dtype, data):
     assert np.array_equal(np.asarray(alone).view(np.uint8), np.asarray(company).view(np.uint8))
 
 
+@pytest.mark.parametrize("tile_rows", [8, 32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_row_does_not_depend_on_its_place_in_a_tile(dtype, tile_rows):
+    _, pool = make_pool(dtype)
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(tile_rows, D)), dtype)
+    run = jax.jit(lambda x: grouped_ffn(x, pool, np.int32([3]), np.int32([tile_rows]), tile_rows=tile_rows))
+    rows = [np.asarray(run(jnp.roll(x, place, 0))[place]).view(np.uint8) for place in range(tile_rows)]
+    assert all(np.array_equal(row, rows[0]) for row in rows)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_groups_of_one_row_need_no_sizes(backend, dtype):
