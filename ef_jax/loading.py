@@ -81,7 +81,7 @@ def load(
         `BudgetError` are its kinds.
     """
     device = device or jax.devices()[0]
-    with open_checkpoint(path or bundled_model(), dtype) as checkpoint:
+    with open_checkpoint(bundled_model() if path is None else path, dtype) as checkpoint:
         spec = checkpoint.spec
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
@@ -95,8 +95,7 @@ def load(
         _LOG.info("%s", plan)
         if on_plan is not None:
             on_plan(plan)
-        dense_bytes = plan.dense
-        with Progress(dense_bytes + plan.host_bytes, "B", "loading", enabled=progress) as bar:
+        with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
             dense = DenseWeights.load(checkpoint, device, advance=bar.update)
             store = HostStore.load(checkpoint, device, advance=bar.update)
     link = DeviceLink(spec, store, device, slots=plan.slots + plan.staging_slots, mode=copy_mode)

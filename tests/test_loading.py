@@ -24,6 +24,7 @@ from ef_jax.weights import open_checkpoint
         ({"copy_mode": "teleport"}, "copy mode 'teleport' is not one of"),
         ({"dtype": "int8"}, "int8"),
         ({"path": "/nowhere/at/all"}, "there is no directory"),
+        ({"path": ""}, "it is not a checkpoint"),  # an unset variable must not load the bundled model
     ],
 )
 def test_bad_options_are_refused(options, message):
