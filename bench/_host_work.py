@@ -103,12 +103,12 @@ class HostWork:
     @contextlib.contextmanager
     def _replaced(self, programs: Playback, residency: Residency, inserts: list[Any]) -> Iterator[None]:
         engine = self._engine
-        engine.programs, engine.residency = cast(Programs, programs), residency
+        engine.programs, engine.scheduler.residency = cast(Programs, programs), residency
         engine.link.pool._insert = inserts
         try:
             yield
         finally:
-            engine.programs, engine.residency = self._programs, self._residency
+            engine.programs, engine.scheduler.residency = self._programs, self._residency
             engine.link.pool._insert = self._inserts
 
 

@@ -14,12 +14,12 @@ from bench.make_synthetic import Synthetic, write_synthetic
 from ef_jax.errors import InputError
 from ef_jax.loading import _fill, bundled_model, plan_model
 from ef_jax.memory.plan import MemoryPlan, MemoryRequest
-from ef_jax.memory.policies import POLICIES
+from ef_jax.memory.policies import make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs
-from ef_jax.schedule.link import DeviceLink
+from ef_jax.schedule.device_link import DeviceLink
 
 _LETTERS = {"D": "hidden", "F": "width", "E": "experts", "K": "top_k", "L": "layers", "V": "vocab"}
 _LETTERS_A_TOKEN = 8
@@ -81,7 +81,7 @@ def over(lm: LanguageModel, plan: MemoryPlan, programs: Programs, policy: str, k
         experts=spec.experts.count,
         cache_slots=plan.slots,
         staging_slots=plan.staging_slots,
-        policy=POLICIES[policy](layers),
+        policy=make_policy(policy, layers=layers, experts=spec.experts.count, cache_slots=plan.slots),
     )
     if plan.slots == spec.total_experts:
         _fill(residency, link)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.steps import Routed
-from ef_jax.schedule.link import DeviceLink
+from ef_jax.schedule.device_link import DeviceLink
 
 Clocks = dict[str, float]
 

@@ -14,7 +14,6 @@ import numpy as np
 from bench import _models
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
-from ef_jax.runtime.stats import PhaseStats
 from ef_jax.runtime.steps import Routed
 
 
@@ -28,9 +27,9 @@ class StreamingEngine(Engine):
         self._half = 0
         self._coming: list[jax.Array] | None = None
 
-    def _serve(self, phase: PhaseStats, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
+    def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
         layers, count = len(self.spec.moe_layers), self.spec.experts.count
-        spent = self.link.seconds
+        phase, spent = self.stats.decode, self.link.seconds
         blocks = self._coming or self.link.start(index, range(count))
         self._half = 1 - self._half
         slots = self._halves[self._half]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ef_jax.runtime.generation import Score as Score
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
     from ef_jax.runtime.sampling import SamplingOptions as SamplingOptions
-    from ef_jax.runtime.stats import Stats as Stats
     from ef_jax.spec import ModelSpec as ModelSpec
+    from ef_jax.stats import Stats as Stats
 
 _MODULES = {
     "BudgetError": "errors",
@@ -28,7 +28,7 @@ _MODULES = {
     "Score": "runtime.generation",
     "LanguageModel": "runtime.language_model",
     "SamplingOptions": "runtime.sampling",
-    "Stats": "runtime.stats",
+    "Stats": "stats",
     "ModelSpec": "spec",
 }
 __all__ = list(_MODULES)

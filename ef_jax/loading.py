@@ -18,7 +18,7 @@ from ef_jax.memory.plan import (
     kv_cache_bytes,
     make_plan,
 )
-from ef_jax.memory.policies import POLICIES
+from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
@@ -28,7 +28,7 @@ from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs
-from ef_jax.schedule.link import DeviceLink, blocks_in_flight, resolve_copy_mode
+from ef_jax.schedule.device_link import DeviceLink, blocks_in_flight, resolve_copy_mode
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
@@ -69,7 +69,7 @@ def load(
       batch: sequences that run together. A prompt's result does not depend on how full the batch is.
       context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most.
       chunk: tokens a sequence that one prefill pass takes.
-      policy: who leaves the cache, `"lru"` or `"static"`.
+      policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
       dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
       copy_mode: how blocks cross the link, see `DeviceLink`; None: the default of the device.
       device: a JAX device; None: the first.
@@ -104,7 +104,7 @@ def load(
         experts=spec.experts.count,
         cache_slots=plan.slots,
         staging_slots=plan.staging_slots,
-        policy=POLICIES[policy](len(spec.moe_layers)),
+        policy=make_policy(policy, layers=len(spec.moe_layers), experts=spec.experts.count, cache_slots=plan.slots),
     )
     if plan.slots == spec.total_experts:
         _fill(residency, link)
@@ -198,5 +198,4 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
             part = placed[first : first + MAX_INSERT]
             link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
             link.pool.array.block_until_ready()
-        residency.policy.on_prompt(layer, [expert for expert, _ in placed])
     link.bytes_moved, link.seconds = 0, 0.0

@@ -11,10 +11,10 @@ from ef_jax import console
 from ef_jax.cli import options as common
 from ef_jax.cli.prompts import Prompt, add_prompt_options, as_conversations, read_prompts
 from ef_jax.cli.sampling_options import add_sampling_options, sampling_options
+from ef_jax.memory.policies import POLICIES
 from ef_jax.progress import Progress
 
 _LARGEST_DEFAULT_BATCH = 8
-POLICIES = ("lru", "static")
 
 _DESCRIPTION = """Continue prompts. Text goes to stdout; on a terminal the memory plan, a progress bar and a table of
 stats go to stderr. Decoding is greedy unless options say otherwise, so the same command gives the same text."""
@@ -118,7 +118,7 @@ def build_parser() -> console.Parser:
     add_prompt_options(parser)
     add_sampling_options(parser)
     common.add_memory_options(parser, batch="default: the number of prompts, 8 at most")
-    parser.add_argument("--policy", choices=POLICIES, default="lru", help="who leaves the cache (default: lru)")
+    parser.add_argument("--policy", choices=tuple(POLICIES), default="lru", help="who leaves the cache (default: lru)")
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--quiet", action="store_true", help="no plan, progress and stats on a terminal")
     noise.add_argument("--verbose", action="store_true", help="plan and stats on stderr even if it is no terminal")

@@ -22,6 +22,7 @@ class Batch:
       step: int32 `[B]`, tokens generated so far.
       last: `[B, D]` on the device, the residual row after each prompt's last token.
       tokens: int32 `[B, 1]` on the device, each sequence's last token.
+      inputs: int32 `[B]`, the same on the host.
       sampling: the sampling options, on the device.
     """
 
@@ -36,7 +37,8 @@ class Batch:
         self.length = np.zeros(batch, np.int32)
         self.active = np.zeros(batch, bool)
         self.step = np.zeros(batch, np.int32)
-        self.tokens = jax.device_put(np.zeros((batch, 1), np.int32), self.sharding)
+        self.inputs = np.zeros(batch, np.int32)
+        self.tokens = jax.device_put(self.inputs[:, None], self.sharding)
         self.begin([], sampling_arrays(SamplingOptions(), batch))
 
     def begin(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> None:

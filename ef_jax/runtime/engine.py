@@ -9,16 +9,17 @@ import numpy as np
 
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.residency import Residency
+from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
 from ef_jax.runtime.batch import Batch
 from ef_jax.runtime.dense import DenseWeights
-from ef_jax.runtime.prefill import PromptExperts
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
-from ef_jax.runtime.stats import PhaseStats, Stats
 from ef_jax.runtime.steps import Routed
-from ef_jax.schedule.link import DeviceLink
+from ef_jax.schedule.device_link import DeviceLink
+from ef_jax.schedule.scheduler import Scheduler
 from ef_jax.spec import ModelSpec
+from ef_jax.stats import Stats
 
 
 class Engine:
@@ -35,7 +36,7 @@ class Engine:
         device: jax.Device,
     ) -> None:
         self.spec, self.plan, self.programs = spec, plan, programs
-        self.residency, self.link, self.device = residency, link, device
+        self.link, self.device = link, device
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
             experts=spec.total_experts,
@@ -47,7 +48,12 @@ class Engine:
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
         self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
-        self._prompt_experts = PromptExperts(residency, link)
+        self.scheduler = Scheduler(residency, link, self.stats, block_bytes=plan.block_bytes, wave_size=MAX_INSERT)
+
+    @property
+    def residency(self) -> Residency:
+        """Which block is in which slot."""
+        return self.scheduler.residency
 
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
@@ -87,7 +93,8 @@ class Engine:
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
         span = self.programs.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
-        carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, phase, deferred))
+        self.scheduler.begin_step(batch.inputs[batch.active].tolist())
+        carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, deferred))
         tokens, logprobs = self._choose(self.programs.end_step()(self._dense.finish[-1], carried))
         for index, ids in deferred:
             phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
@@ -138,7 +145,8 @@ class Engine:
             last, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
         )
         batch.step += 1
-        return np.asarray(batch.tokens)[:, 0], np.asarray(logprobs)
+        batch.inputs = np.asarray(batch.tokens)[:, 0]
+        return batch.inputs, np.asarray(logprobs)
 
     def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[jax.Array]:
         """Run prompts chunk by chunk; yields each chunk's residual stream `[B, T, D]` after the last layer."""
@@ -177,26 +185,22 @@ class Engine:
         last = len(layers) - 1
         return serve(self._moe_index[last], carried) if last in self._moe_index else carried
 
-    def _serve(self, phase: PhaseStats, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
+    def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
         """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
-        residency = self.residency
+        residency, pool = self.residency, self.link.pool
         if residency.all_resident:
             deferred.append((index, routed.ids))
-            return routed, self.link.pool.array, residency.slot_of[index].copy()
-        needed = [e for e in dict.fromkeys(np.asarray(routed.ids).ravel().tolist()) if e >= 0]
-        admission = residency.admit(index, needed)
-        phase.hits[index] += admission.hits
-        if admission.missing:
-            spent = self.link.seconds
-            self.link.finish(self.link.start(index, admission.missing), admission.missing_slots)
-            phase.misses[index] += len(admission.missing)
-            phase.bytes_demand += len(admission.missing) * self.plan.block_bytes
-            phase.stall_seconds += self.link.seconds - spent
-        return routed, self.link.pool.array, admission.slot_row
+            return routed, pool.array, residency.slot_of[index].copy()
+        rows = [row for row in np.asarray(routed.ids)[:, 0].tolist() if row[0] >= 0]
+        admission = self.scheduler.serve(index, rows)
+        return routed, pool.array, residency.slot_row(index, admission)
 
     def _serve_prompt(self, wave, index: int, carried):  # type: ignore[no-untyped-def]
+        """Outputs of every routed row of MoE layer `index`, wave by wave."""
         routed, rows, outputs = carried
-        return routed, rows.order, self._prompt_experts.run(index, rows, outputs, wave, self.stats.prefill)
+        for part in self.scheduler.serve_prompt(index, np.asarray(rows.sizes)):
+            outputs = wave(rows, outputs, self.link.pool.array, part.slot_row)
+        return routed, rows.order, outputs
 
     def _note_peak(self) -> None:
         live = sum(

@@ -12,8 +12,8 @@ from ef_jax.memory.plan import MemoryPlan
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.generation import FinishReason, Generation, Score
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
-from ef_jax.runtime.stats import Stats
 from ef_jax.spec import ModelSpec
+from ef_jax.stats import Stats
 from ef_jax.text import StopMatcher, StreamDecoder, Tokenizer, require_tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray

@@ -13,8 +13,7 @@ import ef_jax
 from ef_jax.cli import generate, main, options
 from ef_jax.cli.sampling_options import from_generation_config
 from ef_jax.errors import InputError
-from ef_jax.memory.policies import POLICIES
-from ef_jax.schedule.link import CopyMode
+from ef_jax.schedule.device_link import CopyMode
 from ef_jax.weights.dtypes import DtypeName
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -166,7 +165,6 @@ def test_a_reader_that_goes_away_is_no_error(
 def test_choices_are_those_of_the_library() -> None:
     assert set(options.COPY_MODES) == set(get_args(CopyMode))
     assert set(options.DTYPES) == set(get_args(DtypeName))
-    assert set(generate.POLICIES) == POLICIES.keys()
 
 
 def test_generation_configs() -> None:

@@ -7,19 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef_jax.memory.policies import POLICIES
+from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
+from ef_jax.schedule.prompt_waves import prompt_waves
 
 
-def table(layers: int, experts: int, cache: int, staging: int, policy: str = "lru", floor: int | None = None):
-    return Residency(
-        layers=layers,
-        experts=experts,
-        cache_slots=cache,
-        staging_slots=staging,
-        policy=POLICIES[policy](layers),
-        floor=floor,
-    )
+def table(layers: int, experts: int, cache: int, staging: int, name: str = "lru", floor_share: float | None = None):
+    policy = make_policy(name, layers=layers, experts=experts, cache_slots=cache)
+    if floor_share is not None:
+        policy.floor_share = floor_share
+    return Residency(layers=layers, experts=experts, cache_slots=cache, staging_slots=staging, policy=policy)
 
 
 def check(residency: Residency) -> None:
@@ -56,21 +53,26 @@ def test_every_needed_expert_gets_its_own_slot_and_the_table_stays_consistent(po
     residency = table(layers, experts, cache, top_k, policy)
     for prompt, layer, needed in steps:
         if prompt:
-            missing = [e for e in needed if residency.slot_of[layer, e] < 0]
             before = set(residency.key_of) - {None}
-            residency.seed(layer, missing)
-            residency.policy.on_prompt(layer, [e for e in needed if residency.slot_of[layer, e] >= 0])
+            counts = np.bincount(needed, minlength=experts)
+            waves, hits, misses = prompt_waves(residency, layer, counts, wave_size=2)
+            residency.policy.on_prompt(layer, counts)
+            assert hits + misses == len(needed)
+            assert sorted(e for wave in waves for e in np.flatnonzero(wave.slot_row >= 0) if e in needed) == sorted(
+                needed
+            )
             assert before <= set(residency.key_of)  # a prompt evicts nothing
         else:
             resident = {e for e in needed if residency.slot_of[layer, e] >= 0}
-            admission = residency.admit(layer, needed)
-            slots = [int(admission.slot_row[e]) for e in needed]
+            admission = residency.admit(layer, [needed])
+            row = residency.slot_row(layer, admission)
+            slots = [int(row[e]) for e in needed]
             assert len(set(slots)) == len(slots)
             assert min(slots) >= 0
             assert max(slots) < cache + top_k
             assert admission.hits == len(resident)
             assert set(admission.missing) == set(needed) - resident
-            assert admission.missing_slots == [int(admission.slot_row[e]) for e in admission.missing]
+            assert admission.missing_slots == [int(row[e]) for e in admission.missing]
         check(residency)
 
 
@@ -78,11 +80,11 @@ def test_every_needed_expert_gets_its_own_slot_and_the_table_stays_consistent(po
 def test_lru_without_floors_is_the_textbook_lru(case):
     layers, experts, top_k, cache, steps = case
     cache = max(cache, top_k)
-    residency = table(layers, experts, cache, top_k, floor=0)
+    residency = table(layers, experts, cache, top_k, floor_share=0.0)
     reference: OrderedDict = OrderedDict()
     for _, layer, needed in steps:
         hits = [e for e in needed if (layer, e) in reference]
-        admission = residency.admit(layer, needed)
+        admission = residency.admit(layer, [needed])
         assert admission.hits == len(hits)
         for expert in [*hits, *(e for e in needed if e not in hits)]:
             if (layer, expert) not in reference and len(reference) == cache:
@@ -96,25 +98,25 @@ def test_lru_without_floors_is_the_textbook_lru(case):
 def test_floors_keep_hits_below_one_token_cycle():
     """4 layers x 2 experts a token with 6 slots: a global LRU never hits, a floor of one does."""
     hits = {}
-    for floor in (0, 1):
-        residency = table(4, 8, 6, 2, floor=floor)
-        hits[floor] = sum(residency.admit(layer, [0, 1]).hits for _ in range(20) for layer in range(4))
-    assert hits[0] == 0
-    assert hits[1] >= 19 * 4
+    for share in (0.0, 1.0):
+        residency = table(4, 8, 6, 2, floor_share=share)
+        hits[share] = sum(residency.admit(layer, [[0, 1]]).hits for _ in range(20) for layer in range(4))
+    assert hits[0.0] == 0
+    assert hits[1.0] >= 19 * 4
 
 
 def test_static_keeps_what_came_first_and_passes_the_rest_through_staging():
     residency = table(1, 6, 2, 2, "static")
-    residency.admit(0, [0, 1])
-    admission = residency.admit(0, [2, 3])
+    residency.admit(0, [[0, 1]])
+    admission = residency.admit(0, [[2, 3]])
     assert admission.missing_slots == [2, 3]
     assert residency.key_of == [(0, 0), (0, 1)] or residency.key_of == [(0, 1), (0, 0)]
-    assert residency.admit(0, [0, 2]).hits == 1
+    assert residency.admit(0, [[0, 2]]).hits == 1
 
 
 def test_more_experts_than_staging_slots_is_refused():
     with pytest.raises(ValueError, match="3 experts must pass through 2 staging slots"):
-        table(1, 4, 0, 2).admit(0, [0, 1, 2])
+        table(1, 4, 0, 2).admit(0, [[0, 1, 2]])
 
 
 def test_seeding_stays_within_a_layers_share():
