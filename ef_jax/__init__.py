@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ef_jax.errors import UnsupportedError as UnsupportedError
     from ef_jax.loading import load as load
     from ef_jax.memory.plan import MemoryPlan as MemoryPlan
+    from ef_jax.replay.trace import RoutingTrace as RoutingTrace
     from ef_jax.runtime.generation import Generation as Generation
     from ef_jax.runtime.generation import Score as Score
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
@@ -24,6 +25,7 @@ _MODULES = {
     "UnsupportedError": "errors",
     "load": "loading",
     "MemoryPlan": "memory.plan",
+    "RoutingTrace": "replay.trace",
     "Generation": "runtime.generation",
     "Score": "runtime.generation",
     "LanguageModel": "runtime.language_model",

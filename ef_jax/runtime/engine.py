@@ -14,6 +14,7 @@ from ef_jax.nn import FULL_WINDOW
 from ef_jax.runtime.batch import Batch
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
+from ef_jax.runtime.recorder import Recorder
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.device_link import DeviceLink
@@ -43,6 +44,7 @@ class Engine:
             slots=plan.slots,
             staging_slots=plan.staging_slots,
         )
+        self.recorder: Recorder | None = None
         self._dense = dense
         self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
@@ -172,6 +174,8 @@ class Engine:
         """Every layer of a pass; `serve(index, carried)` sees to the experts of each MoE layer. Returns the last's."""
         batch, windows, layers, finish = self._batch, self._windows, self._dense.layers, self._dense.finish
         run = self.programs.layers(width, span)
+        if self.recorder is not None:
+            serve = self.recorder.listen(serve, tokens, positions)
         carried, batch.k[0], batch.v[0], positions = run[0](
             self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], windows[0], positions
         )

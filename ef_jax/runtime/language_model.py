@@ -1,5 +1,6 @@
 """`LanguageModel`: what `ef_jax.load` returns."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.generation import FinishReason, Generation, Score
+from ef_jax.runtime.recorder import Recorder
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
@@ -130,6 +132,32 @@ class LanguageModel:
                 done += len(logits)
             scores.append(Score(logprob=total, tokens=len(ids) - 1))
         return scores
+
+    @contextlib.contextmanager
+    def trace(self, *, weights: bool = False) -> Iterator[Recorder]:
+        """Record which experts every token uses, for `ef-jax replay`; the text does not change.
+
+        Whatever the model does inside the block is recorded: `generate`, `stream`, `logits`, `score`.
+
+            with lm.trace() as recording:
+                lm.generate(prompts)
+            recording.trace().save("routing.npz")
+
+        Args:
+          weights: record the router's weights too, as float16.
+
+        Raises:
+          InputError: a trace is being recorded already.
+        """
+        engine = self._engine
+        if engine.recorder is not None:
+            raise InputError("a trace is being recorded already: leave its `with` block before the next")
+        name = self.path.resolve().name
+        engine.recorder = Recorder(self.spec, block_bytes=self.plan.block_bytes, model=name, weights=weights)
+        try:
+            yield engine.recorder
+        finally:
+            engine.recorder = None
 
     def chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """Token ids of a conversation by the tokenizer's chat template, to be given to `generate` or `stream`.

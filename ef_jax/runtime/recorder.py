@@ -1,0 +1,141 @@
+"""Recording routing from the engine: which experts every token used, and which tokens ran together."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ef_jax.errors import InputError
+from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
+from ef_jax.spec import ModelSpec
+
+Serve = Callable[[int, Any], Any]
+
+
+class _Running(NamedTuple):
+    """A pass under way: int32 `[B, T]` tokens and positions; ids and weights `[B, T, K]` by layer, on the device."""
+
+    tokens: jax.Array | np.ndarray
+    positions: np.ndarray
+    ids: list[jax.Array]
+    weights: list[jax.Array]
+
+
+class _Rows(NamedTuple):
+    """What one pass did: R rows, sequence by sequence."""
+
+    phase: int
+    sequences: np.ndarray  # int64 [R], number of the sequence
+    tokens: np.ndarray  # int32 [R]
+    experts: np.ndarray  # uint8 or uint16 [R, L, K]
+    weights: np.ndarray | None  # float16 [R, L, K]
+
+
+class Recorder:
+    """Listens to the passes of an engine and makes a `RoutingTrace` of them.
+
+    Sequences are in the order in which they began, those of one batch in batch order; one that was under way when
+    recording began starts with its first recorded token. Teacher-forced passes (`logits`, `score`) are prompts. A pass
+    that fails before its last layer is left out.
+
+    Nothing is waited for while a pass runs: its ids are taken when the next one begins, after the engine has read the
+    pass's tokens.
+
+    Args:
+      spec: the model.
+      block_bytes: bytes of one expert block.
+      model: name of the model.
+      weights: record the router's weights too, as float16.
+    """
+
+    def __init__(self, spec: ModelSpec, *, block_bytes: int, model: str, weights: bool = False) -> None:
+        self._layers, self._num_experts = len(spec.moe_layers), spec.experts.count
+        self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
+        self._block_bytes, self._model, self._weights = block_bytes, model, weights
+        self._recorded: list[_Rows] = []
+        self._sequences: dict[int, int] = {}  # by place in the running batch
+        self._begun = 0
+        self._running: _Running | None = None
+
+    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray) -> Serve:
+        """A pass begins.
+
+        Args:
+          serve: the engine's `(MoE layer, carried) -> carried`; `carried` is the layer's `Routed` in a step of
+            decoding, and begins with it in a chunk of prompts.
+          tokens: int32 `[B, T]`; a step of decoding has one column, a chunk of prompts more.
+          positions: int32 `[B, T]`, -1 where there is no token.
+
+        Returns:
+          What the engine calls instead of `serve` in this pass.
+        """
+        self._settle()
+        running = self._running = _Running(tokens, positions, [], [])
+        prompt, weights = positions.shape[1] > 1, self._weights
+
+        def listening(layer: int, carried: Any) -> Any:
+            routed = carried[0] if prompt else carried
+            running.ids.append(routed.ids)
+            if prompt:  # of a step, the engine reads the ids itself
+                routed.ids.copy_to_host_async()
+            if weights:
+                running.weights.append(routed.weights)
+                routed.weights.copy_to_host_async()
+            return serve(layer, carried)
+
+        return listening
+
+    def trace(self) -> RoutingTrace:
+        """What has been recorded so far.
+
+        Raises:
+          InputError: nothing has.
+        """
+        self._settle()
+        if not self._recorded:
+            raise InputError("nothing was recorded: generate or score something while the trace is on")
+        rows = self._recorded
+        sequences = np.concatenate([part.sequences for part in rows])
+        order = np.argsort(sequences, kind="stable")
+        sizes = [len(part.tokens) for part in rows]
+        weights = [part.weights for part in rows if part.weights is not None]
+        return RoutingTrace(
+            experts=np.concatenate([part.experts for part in rows])[order],
+            tokens=np.concatenate([part.tokens for part in rows])[order],
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(sequences))]),
+            num_experts=self._num_experts,
+            phases=np.repeat(np.array([part.phase for part in rows], np.uint8), sizes)[order],
+            passes=np.repeat(np.arange(len(rows)), sizes)[order],
+            model=self._model,
+            block_bytes=self._block_bytes,
+            weights=np.concatenate(weights)[order] if weights else None,
+        )
+
+    def _settle(self) -> None:
+        """Take the ids of the pass that ran last."""
+        running, self._running = self._running, None
+        if running is None or len(running.ids) < self._layers:
+            return
+        positions = running.positions
+        places, columns = np.nonzero(positions >= 0)
+        prompt = positions.shape[1] > 1
+        if prompt and not positions[places, columns].min():
+            self._sequences.clear()  # a new batch
+        for place in dict.fromkeys(places.tolist()):
+            if place not in self._sequences:
+                self._sequences[place] = self._begun
+                self._begun += 1
+
+        def rows(layers: list[jax.Array], dtype: Any) -> np.ndarray:
+            return np.stack([np.asarray(layer) for layer in layers], axis=2)[places, columns].astype(dtype)
+
+        self._recorded.append(
+            _Rows(
+                phase=PROMPT if prompt else DECODE,
+                sequences=np.array([self._sequences[place] for place in places.tolist()]),
+                tokens=np.asarray(running.tokens)[places, columns],
+                experts=rows(running.ids, self._dtype),
+                weights=rows(running.weights, np.float16) if self._weights else None,
+            )
+        )
