@@ -1,4 +1,4 @@
-"""`ef-jax`: generate text, forecast memory, say what a model is."""
+"""`ef-jax`: generate text, forecast memory, say what a model is, record and replay its routing."""
 
 import importlib
 import importlib.metadata
@@ -12,6 +12,8 @@ COMMANDS = {
     "generate": "continue prompts",
     "plan": "the memory plan of a model, without loading it",
     "info": "what a model is, and what it would run on",
+    "trace": "record which experts a model uses",
+    "replay": "which cache policy and how many slots suit recorded routing",
 }
 
 _DESCRIPTION = "Run Mixture-of-Experts language models whose experts live in host memory."

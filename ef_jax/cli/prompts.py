@@ -1,4 +1,4 @@
-"""The prompts of `ef-jax generate`: words of the command line, files, stdin, token ids, chat messages."""
+"""The prompts of a run: words of the command line, files, stdin, token ids, chat messages."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The sampling options of `ef-jax generate`: greedy, or the checkpoint's own, with single changes."""
+"""The sampling options of a run: greedy, or the checkpoint's own, with single changes."""
 
 import argparse
 import dataclasses
