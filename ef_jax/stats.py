@@ -16,6 +16,7 @@ class PhaseStats:
     bytes_wasted: int = 0
     seconds: float = 0.0
     stall_seconds: float = 0.0
+    link_busy_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
 
@@ -33,6 +34,10 @@ class Stats:
     is host time spent in handing over demand copies and waiting for them where the platform makes them synchronous;
     the share of a copy that a device hides or waits for on its own is not in it. `peak_device_bytes` is the largest
     sum of live arrays in device memory seen at the end of a phase, plus the temporary bytes of the largest program.
+
+    A late hit is one whose block was on its way and had to be waited for. `bytes_wasted` are those of blocks that were
+    prefetched and left their slots unused. Replays on a simulated link count virtual seconds, waiting of every kind as
+    `stall_seconds`, and how long the link was busy; the engine leaves `link_busy_seconds` at 0.
     """
 
     layers: int
@@ -65,12 +70,17 @@ class Stats:
         """Decoded tokens over decode time; 0 before the first."""
         return self.decode.tokens / self.decode.seconds if self.decode.seconds else 0.0
 
+    @property
+    def link_utilisation(self) -> float:
+        """Share of the decode time in which the link was busy; 0 where that is not known."""
+        return self.decode.link_busy_seconds / self.decode.seconds if self.decode.seconds else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types: totals over both phases, per-layer lists, and each phase."""
         phases = (self.prefill, self.decode)
         total = {
             name: sum(getattr(phase, name) for phase in phases)
-            for name in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds")
+            for name in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds", "link_busy_seconds")
         }
         by_layer = {
             name: [a + b for a, b in zip(getattr(self.prefill, name), getattr(self.decode, name), strict=True)]
@@ -82,6 +92,7 @@ class Stats:
             "tokens_per_second": self.tokens_per_second,
             **{name: sum(values) for name, values in by_layer.items()},
             **total,
+            "link_utilisation": self.link_utilisation,
             "peak_device_bytes": self.peak_device_bytes,
             "slots": self.slots,
             "staging_slots": self.staging_slots,
@@ -113,6 +124,14 @@ class Stats:
                 f"{name:8} {phase.tokens:7d} {phase.seconds:8.2f} {rate:8.1f} {hits:8d} {misses:8d} {share:6.1f} "
                 f"{moved:9.1f} {phase.stall_seconds:8.2f}"
             )
+        ahead = self.decode
+        if ahead.bytes_prefetch:
+            lines.append(
+                f"prefetched {ahead.bytes_prefetch / 1e6:.1f} MB, {ahead.bytes_wasted / 1e6:.1f} MB of them wasted; "
+                f"{sum(ahead.late_hits)} hits were late"
+            )
+        if ahead.link_busy_seconds:
+            lines.append(f"link busy for {100 * self.link_utilisation:.1f} % of the decode time")
         lines.append(
             f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
             f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"

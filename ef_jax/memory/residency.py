@@ -6,7 +6,7 @@ blocks pass through without being remembered (prefill waves, and misses that the
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -45,7 +45,6 @@ class Residency:
 
     Attributes:
       slot_of: int32 `[L, E]`, the slot of each resident key; -1 for the others, those in flight among them.
-      key_of: the key that each cache slot holds or waits for; None where free.
       count: slots of each layer, those that wait for a copy among them.
       floors: slots that each layer keeps whatever others need.
       wasted: blocks that were prefetched and left without having been used.
@@ -58,10 +57,9 @@ class Residency:
         share, extra = divmod(cache_slots, layers)
         self.floors = [int((share + (layer < extra)) * policy.floor_share) for layer in range(layers)]
         self.slot_of = np.full((layers, experts), -1, np.int32)
-        self.key_of: list[Key | None] = [None] * cache_slots
         self.count = [0] * layers
         self.wasted = 0
-        self._slots = self.slot_of.tolist()  # the same table as lists, which Python reads ten times faster
+        self._rows = [memoryview(row) for row in self.slot_of]  # what Python reads several times faster
         self._spare = [0] * layers
         self._in_flight: dict[Key, int] = {}
         self._unused: set[Key] = set()
@@ -71,7 +69,22 @@ class Residency:
     @property
     def all_resident(self) -> bool:
         """Every expert of every layer is in a slot, so nothing can miss."""
-        return len(self._free) + self.layers * self.experts == self.cache_slots
+        return len(self._free) + self.layers * self.experts == self.cache_slots and not self._in_flight
+
+    @property
+    def key_of(self) -> list[Key | None]:
+        """The key that each cache slot holds or waits for; None where free."""
+        keys: list[Key | None] = [None] * self.cache_slots
+        for layer, expert in np.argwhere(self.slot_of >= 0).tolist():
+            keys[self._rows[layer][expert]] = (layer, expert)
+        for key, slot in self._in_flight.items():
+            keys[slot] = key
+        return keys
+
+    @property
+    def in_flight(self) -> list[Key]:
+        """Keys that have a slot and wait for their block."""
+        return list(self._in_flight)
 
     def admit(self, layer: int, rows: Sequence[Sequence[int]]) -> Admission:
         """Make room for the experts that a decode step needs in `layer`.
@@ -89,26 +102,26 @@ class Residency:
         """
         needed = rows[0] if len(rows) == 1 else list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         self.policy.on_route(layer, rows)
-        slots = self._slots[layer]
-        missing = [expert for expert in needed if slots[expert] < 0]
+        row = self._rows[layer]
+        missing = [expert for expert in needed if row[expert] < 0]
         if self._unused:
             self._unused.difference_update([(layer, expert) for expert in needed])
-        if not missing:
-            return Admission(len(needed), [], missing, [], [])
-        hits = len(needed) - len(missing)
-        late: list[int] = []
+        hits, late = len(needed) - len(missing), []
         if self._in_flight:
             late = [expert for expert in missing if (layer, expert) in self._in_flight]
             missing = [expert for expert in missing if (layer, expert) not in self._in_flight]
+        if not missing:
+            return Admission(hits, late, missing, [], [])
         missing_slots: list[int] = []
         staged: list[tuple[int, int]] = []
+        enter = self.policy.on_enter
         for expert, slot in zip(missing, self._room(layer, missing, needed), strict=True):
             if slot is None:
                 slot = self.cache_slots + len(staged)
                 staged.append((expert, slot))
             else:
-                self._hold(layer, expert, slot)
-                self._enter(layer, expert, slot)
+                row[expert] = slot
+                enter(layer, expert)
             missing_slots.append(slot)
         if len(staged) > self.staging_slots:
             raise ValueError(f"{len(staged)} experts must pass through {self.staging_slots} staging slots at once")
@@ -121,32 +134,37 @@ class Residency:
             row[expert] = slot
         return row
 
-    def reserve(self, layer: int, expert: int) -> int | None:
+    def reserve(self, layer: int, expert: int, *, keep: Sequence[int] = (), closed: Iterable[int] = ()) -> int | None:
         """A slot for a block that is fetched on a prediction; the key is in flight until `arrive` or `cancel`.
+
+        Args:
+          layer: MoE layer.
+          expert: its expert.
+          keep: experts of `layer` that do not leave for it.
+          closed: layers that lose nothing for it, other than `layer` itself: the running one above all, whose slots
+            are about to be read.
 
         Returns:
           The slot; None where the key has one already or the policy gives none up for it.
         """
-        if self._slots[layer][expert] >= 0 or (layer, expert) in self._in_flight:
+        if self._rows[layer][expert] >= 0 or (layer, expert) in self._in_flight:
             return None
-        slot = self._room(layer, [expert], [expert])[0]
+        slot = self._room(layer, [expert], [expert, *keep], closed)[0]
         if slot is not None:
-            self._hold(layer, expert, slot)
             self._in_flight[layer, expert] = slot
         return slot
 
     def arrive(self, layer: int, expert: int, *, used: bool = False) -> None:
         """The block of a key in flight is in its slot; `used` where the running step has waited for it."""
-        self._enter(layer, expert, self._in_flight.pop((layer, expert)))
+        self._rows[layer][expert] = self._in_flight.pop((layer, expert))
+        self.policy.on_enter(layer, expert)
         if not used:
             self._unused.add((layer, expert))
 
     def cancel(self, layer: int, expert: int) -> None:
         """A key in flight will not come; its slot is free."""
-        slot = self._in_flight.pop((layer, expert))
-        self.key_of[slot] = None
+        self._free.append(self._in_flight.pop((layer, expert)))
         self._lose(layer)
-        self._free.append(slot)
 
     def seed(self, layer: int, missing: Sequence[int]) -> list[tuple[int, int]]:
         """Give free cache slots, within the layer's share, to experts that a prompt uses; evicts nothing.
@@ -163,45 +181,54 @@ class Residency:
             if not self._free or self.count[layer] >= self._quota:
                 break
             slot = self._free.pop()
-            self._hold(layer, expert, slot)
-            self._enter(layer, expert, slot)
+            self._gain(layer)
+            self._rows[layer][expert] = slot
+            self.policy.on_enter(layer, expert)
             placed.append((expert, slot))
         return placed
 
     def clear(self) -> None:
         """Forget every block; slots are free again. Nothing may be in flight."""
-        for key in self.key_of:
-            if key is not None:
-                self._free.append(self._evict(*key))
+        for layer, expert in np.argwhere(self.slot_of >= 0).tolist():
+            self._free.append(self._evict(layer, expert))
+            self._lose(layer)
         self._free.sort(reverse=True)
 
-    def _room(self, layer: int, missing: Sequence[int], needed: Sequence[int]) -> Sequence[int | None]:
-        """A slot for each of `missing`: free ones first, then the policy's victims'; None: to be staged."""
-        free = self._free
-        slots: list[int | None] = [free.pop() for _ in range(min(len(free), len(missing)))]
-        left = missing[len(slots) :]
+    def _room(
+        self, layer: int, missing: Sequence[int], needed: Sequence[int], closed: Iterable[int] = ()
+    ) -> list[int | None]:
+        """A slot of `layer` for each of `missing`: free ones first, then the policy's victims'; None: to be staged."""
+        slots: list[int | None] = []
+        while self._free and len(slots) < len(missing):
+            slots.append(self._free.pop())
+            self._gain(layer)
+        left = missing[len(slots) :] if slots else missing
         if not left:
             return slots
         if not self.cache_slots:
-            return [*slots, *[None] * len(left)]
+            return [None] * len(missing)
         spare, own = self._spare, self._spare[layer]
+        if closed:
+            spare = spare.copy()
+            for other in closed:
+                spare[other] = 0
         spare[layer] = self.count[layer]
         keys = self.policy.victims(layer, left, needed if len(needed) <= 8 else frozenset(needed), spare)
         spare[layer] = own
         for key in keys:
-            slots.append(None if key is None else self._evict(*key))
+            if key is None:
+                slots.append(None)
+                continue
+            if key[0] != layer:
+                self._lose(key[0])
+                self._gain(layer)
+            slots.append(self._evict(*key))
         return slots
 
-    def _hold(self, layer: int, expert: int, slot: int) -> None:
-        self.key_of[slot] = (layer, expert)
+    def _gain(self, layer: int) -> None:
         count = self.count[layer] = self.count[layer] + 1
         if count > self.floors[layer]:
             self._spare[layer] += 1
-
-    def _enter(self, layer: int, expert: int, slot: int) -> None:
-        self.slot_of[layer, expert] = slot
-        self._slots[layer][expert] = slot
-        self.policy.on_enter(layer, expert)
 
     def _lose(self, layer: int) -> None:
         if self._spare[layer]:
@@ -209,12 +236,11 @@ class Residency:
         self.count[layer] -= 1
 
     def _evict(self, layer: int, expert: int) -> int:
-        slot: int = self._slots[layer][expert]
-        self.slot_of[layer, expert] = -1
-        self._slots[layer][expert] = -1
-        self.key_of[slot] = None
-        self._lose(layer)
-        if (layer, expert) in self._unused:
+        """Take a key's slot; the layer's count is the caller's to change."""
+        row = self._rows[layer]
+        slot: int = row[expert]
+        row[expert] = -1
+        if self._unused and (layer, expert) in self._unused:
             self._unused.discard((layer, expert))
             self.wasted += 1
         self.policy.on_evict(layer, expert)

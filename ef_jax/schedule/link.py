@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
+from ef_jax.memory.policies import Key
+
 Blocks = TypeVar("Blocks")
 
 
@@ -12,7 +14,7 @@ class Link(Protocol[Blocks]):
 
     Attributes:
       bytes_moved: bytes asked to cross since construction.
-      seconds: time that the caller of `start` and `finish` has spent in them.
+      seconds: time that callers have spent in the link's methods.
     """
 
     bytes_moved: int
@@ -28,4 +30,39 @@ class Link(Protocol[Blocks]):
 
     def settle(self) -> None:
         """Wait, where copies hold memory of their own, until every block handed to `finish` is in its slot."""
+        ...
+
+
+@runtime_checkable
+class PrefetchLink(Link[Blocks], Protocol[Blocks]):
+    """A link that also copies blocks on predictions, whenever no demand copy wants it.
+
+    A prefetch waits in the link's queue until the link is free, and can be withdrawn until its copy has begun. A copy
+    that has begun goes on to its end; only few begin at a time, so that a demand copy is soon served.
+
+    Attributes:
+      prefetches_begun: blocks whose prefetch has begun since construction.
+    """
+
+    prefetches_begun: int
+
+    def withdraw(self) -> list[Key]:
+        """Take back the prefetches that have not begun."""
+        ...
+
+    def arrived(self) -> list[Key]:
+        """Keys of the prefetched blocks that have come into their slots since the last call."""
+        ...
+
+    def window(self) -> int:
+        """Prefetches that the link can begin before the next layer asks, by what has been measured so far; asked with
+        nothing in the queue and the demand copies of this layer started."""
+        ...
+
+    def prefetch(self, keys: Sequence[Key], slots: Sequence[int]) -> None:
+        """Queue a copy of each key's block into its slot, the most urgent first; never waits."""
+        ...
+
+    def wait(self, keys: Sequence[Key]) -> None:
+        """Wait for prefetches that have begun until they are in their slots; `arrived` does not tell of them again."""
         ...

@@ -1,6 +1,7 @@
 """Least recently used."""
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 
@@ -44,21 +45,20 @@ class Lru(Policy):
         self, layer: int, missing: Sequence[int], needed: Collection[int], spare: Sequence[int]
     ) -> Sequence[Key | None]:
         chosen: list[Key | None] = []
-        oldest = self._oldest(layer, needed, spare)
-        for _ in missing:
-            chosen.append(next(oldest, None))
-        return chosen
+        if sum(spare) == spare[layer]:
+            for expert in self._order[layer]:
+                if expert not in needed:
+                    chosen.append((layer, expert))
+                    if len(chosen) == len(missing):
+                        break
+        else:
+            chosen += itertools.islice(self._oldest(layer, needed, spare), len(missing))
+        return chosen + [None] * (len(missing) - len(chosen))
 
     def _oldest(self, layer: int, needed: Collection[int], spare: Sequence[int]) -> Iterator[Key]:
         """Keys that may leave, the least recently used first."""
-        losing = [candidate for candidate, keys in enumerate(spare) if keys]
-        if losing == [layer]:
-            for expert in self._order[layer]:
-                if expert not in needed:
-                    yield layer, expert
-            return
-        ages = [_ages(candidate, self._order[candidate]) for candidate in losing]
         left = list(spare)
+        ages = [_ages(candidate, self._order[candidate]) for candidate, keys in enumerate(spare) if keys]
         for _, candidate, expert in heapq.merge(*ages):
             if left[candidate] and not (candidate == layer and expert in needed):
                 left[candidate] -= 1

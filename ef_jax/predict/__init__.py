@@ -1,0 +1,5 @@
+"""Which experts come next: numpy over ids."""
+
+from ef_jax.predict.history import History as History
+from ef_jax.predict.oracle import Oracle as Oracle
+from ef_jax.predict.predictor import Predictor as Predictor

@@ -1,0 +1,64 @@
+"""Prediction from what the layers used before, and nothing else."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+
+class History:
+    """Decayed frequencies, corrected by what the step before used.
+
+    The use y of an expert by a step, 0 or 1, is predicted as f + rho (x - f): f is the decayed frequency of its uses,
+    x its use by the step before, and rho the correlation of the two deviations from f, measured as the steps go by,
+    layer by layer. It is the best linear predictor of the two.
+
+    Args:
+      layers: MoE layers, L.
+      experts: experts a layer, E.
+      half_life: steps after which a use counts half in the frequencies.
+    """
+
+    def __init__(self, *, layers: int, experts: int, half_life: float = 64.0) -> None:
+        self._rate = np.float32(1 - 0.5 ** (1 / half_life))
+        self._steps = 0
+        self._frequency = np.zeros((layers, experts), np.float32)
+        self._last = np.zeros((layers, experts), np.float32)
+        self._now = np.zeros((layers, experts), np.float32)
+        self._products = np.zeros((layers, 1), np.float32)
+        self._squares = np.full((layers, 1), 1e-6, np.float32)
+        self._rho = np.zeros((layers, 1), np.float32)
+        self._scores = np.zeros((layers, experts), np.float32)
+
+    def on_step(self, tokens: Sequence[int]) -> None:
+        if self._now.any():
+            self._learn()
+        self._scores = self._frequency + self._rho * (self._last - self._frequency)
+
+    def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        used = rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
+        self._now[layer, used] = 1
+
+    def predict(self, layer: int, distance: int) -> Float32[np.ndarray, "E"]:
+        target = layer + distance
+        if target < len(self._scores):
+            return self._scores[target]
+        target -= len(self._scores)
+        frequency = self._frequency[target]
+        return frequency + self._rho[target] * (self._now[target] - frequency)
+
+    def step_scores(self) -> Float32[np.ndarray, "L E"]:
+        return self._scores
+
+    def _learn(self) -> None:
+        """Take the uses of a whole step into the statistics."""
+        self._steps += 1
+        rate = max(self._rate, np.float32(1 / self._steps))  # the plain mean, until that is the slower of the two
+        deviation, before = self._now - self._frequency, self._last - self._frequency
+        self._products += rate * ((deviation * before).mean(axis=1, keepdims=True) - self._products)
+        self._squares += rate * ((before * before).mean(axis=1, keepdims=True) - self._squares)
+        self._rho = np.clip(self._products / np.maximum(self._squares, 1e-6), 0, 1, dtype=np.float32)
+        self._frequency += rate * deviation
+        self._last, self._now = self._now, self._last
+        self._now[:] = 0

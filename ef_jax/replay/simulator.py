@@ -1,0 +1,232 @@
+"""Replays: a trace's passes through the residency, policy, predictor and scheduler that the engine runs."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ef_jax.errors import InputError
+from ef_jax.memory.policies import Policy, make_policy
+from ef_jax.memory.residency import Residency
+from ef_jax.predict import History, Oracle, Predictor
+from ef_jax.replay.simulated_link import FreeLink, LinkModel, SimulatedLink
+from ef_jax.replay.trace import Pass, RoutingTrace
+from ef_jax.replay.virtual_clock import VirtualClock
+from ef_jax.schedule.scheduler import Scheduler
+from ef_jax.stats import Stats
+
+PREDICTORS = ("none", "history", "oracle")
+
+
+def simulate(
+    trace: RoutingTrace,
+    *,
+    slots: int,
+    policy: str | Policy = "lru",
+    batch: int | None = None,
+    fit: int = 0,
+    staging_slots: int | None = None,
+    block_bytes: int | None = None,
+    link: LinkModel | None = None,
+    compute_seconds: float | Sequence[float] = 0.0,
+    prompt_seconds: float | Sequence[float] = 0.0,
+    predictor: str | Predictor = "none",
+    horizon: int = 0,
+    threshold: float = 0.5,
+    on_pass: Callable[[Pass, Residency], None] | None = None,
+) -> Stats:
+    """What an engine with `slots` cache slots would have counted had it run the passes of a trace.
+
+    Args:
+      trace: recorded routing.
+      slots: cache slots, 1 to L * E; with L * E, every expert is in its slot from the beginning, as in the engine.
+      policy: who leaves the cache: a name, or a policy of this model's shape.
+      batch: sequences side by side, see `RoutingTrace.order`; None: as recorded.
+      fit: the first sequences run, and teach policy and predictor, but are not counted.
+      staging_slots: slots of the staging ring; None: as many as the largest step can need.
+      block_bytes: bytes of one expert block; None: the trace's. Without either bytes count as 0, and a link has
+        nothing to go by.
+      link: the link's figures. None: copies take no time, and nothing is timed.
+      compute_seconds: virtual seconds from one layer's routing to the next layer's in a step: one figure, or one a
+        layer; see `compute_seconds_per_layer`.
+      prompt_seconds: the same in a prompt's chunk; the waves of a layer share them by their rows.
+      predictor: a name of `PREDICTORS`, or an object.
+      horizon: layers ahead that are prefetched for; needs a predictor and a link.
+      threshold: the least probability of use that is worth a prefetch.
+      on_pass: called after each pass that is counted.
+
+    Raises:
+      InputError: a setting that the trace or the other settings do not allow.
+    """
+    if not 0 <= fit < trace.sequences:
+        raise InputError(f"fit {fit}: leave at least one of the {trace.sequences} sequences to be counted")
+    parts = [trace.select(0, fit), trace.select(fit)] if fit else [trace]
+    replay = Replay(
+        layers=trace.layers,
+        experts=trace.num_experts,
+        slots=slots,
+        staging_slots=_widest(trace, batch) if staging_slots is None else staging_slots,
+        policy=policy,
+        block_bytes=trace.block_bytes if block_bytes is None else block_bytes,
+        link=link,
+        compute_seconds=compute_seconds,
+        prompt_seconds=prompt_seconds,
+        predictor=make_predictor(predictor, parts, batch=batch) if isinstance(predictor, str) else predictor,
+        horizon=horizon,
+        threshold=threshold,
+    )
+    for part in parts:
+        replay.stats.reset()
+        for step in part.steps(batch):
+            replay.run(step)
+            if on_pass is not None and part is parts[-1]:
+                on_pass(step, replay.residency)
+        replay.end_run()
+    return replay.stats
+
+
+def make_predictor(name: str, parts: Sequence[RoutingTrace], *, batch: int | None) -> Predictor | None:
+    """The predictor called `name` for a replay of some traces, one after another; None for "none".
+
+    Raises:
+      InputError: no such predictor.
+    """
+    shape = {"layers": parts[0].layers, "experts": parts[0].num_experts}
+    if name == "history":
+        return History(**shape)
+    if name == "oracle":
+        steps = itertools.chain.from_iterable(part.steps(batch) for part in parts)
+        return Oracle((step.routes for step in steps if not step.prompt), **shape)
+    if name != "none":
+        raise InputError(f"predictor {name!r:.60} is not one of {', '.join(PREDICTORS)}")
+    return None
+
+
+def compute_seconds_per_layer(stats: Stats) -> float:
+    """What an engine run says of `compute_seconds`: its decode time without stalls, over steps and layers.
+
+    Raises:
+      InputError: nothing was decoded.
+    """
+    phase = stats.decode
+    if not phase.steps:
+        raise InputError("nothing was decoded, so a layer's compute time is not known: generate some tokens first")
+    return max(0.0, phase.seconds - phase.stall_seconds) / (phase.steps * stats.layers)
+
+
+class Replay:
+    """One simulated engine; `simulate` says what the settings mean.
+
+    Attributes:
+      stats: what was counted.
+      residency: which block is in which slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        experts: int,
+        slots: int,
+        staging_slots: int,
+        policy: str | Policy = "lru",
+        block_bytes: int | None = None,
+        link: LinkModel | None = None,
+        compute_seconds: float | Sequence[float] = 0.0,
+        prompt_seconds: float | Sequence[float] = 0.0,
+        predictor: Predictor | None = None,
+        horizon: int = 0,
+        threshold: float = 0.5,
+    ) -> None:
+        if not 1 <= slots <= layers * experts:
+            raise InputError(f"{slots} slots: give 1 to {layers * experts}, the number of experts")
+        if isinstance(policy, str):
+            policy = make_policy(policy, layers=layers, experts=experts, cache_slots=slots)
+        elif (policy.layers, policy.experts) != (layers, experts):
+            raise InputError(
+                f"the policy is for {policy.layers} layers of {policy.experts} experts, and the trace has {layers} "
+                f"layers of {experts}"
+            )
+        self._step_seconds = _by_layer("compute_seconds", compute_seconds, layers)
+        self._prompt_seconds = _by_layer("prompt_seconds", prompt_seconds, layers)
+        self._clock = VirtualClock()
+        self._link: SimulatedLink | None = None
+        if link is not None:
+            if not block_bytes:
+                raise InputError("the trace does not say how large an expert's block is: give block_bytes")
+            self._link = SimulatedLink(link, self._clock, block_bytes=block_bytes)
+        elif horizon:
+            raise InputError(f"horizon {horizon} needs a link: give its bandwidth, or horizon 0")
+        self.stats = Stats.empty(layers=layers, experts=layers * experts, slots=slots, staging_slots=staging_slots)
+        self.residency = Residency(
+            layers=layers, experts=experts, cache_slots=slots, staging_slots=staging_slots, policy=policy
+        )
+        if slots == layers * experts:
+            for layer in range(layers):
+                self.residency.seed(layer, range(experts))
+        self._scheduler: Scheduler = Scheduler(
+            self.residency,
+            self._link or FreeLink(),
+            self.stats,
+            block_bytes=block_bytes or 0,
+            wave_size=experts,
+            predictor=predictor,
+            horizon=horizon,
+            threshold=threshold,
+        )
+
+    def run(self, step: Pass) -> None:
+        """One pass."""
+        phase = self.stats.prefill if step.counts is not None else self.stats.decode
+        began, busy = self._clock.now, self._busy
+        if step.counts is not None:
+            self._run_prompt(step.counts)
+        else:
+            self._run_step(step)
+        phase.steps += 1
+        phase.tokens += len(step.tokens)
+        phase.seconds += self._clock.now - began
+        phase.link_busy_seconds += self._busy - busy
+
+    def end_run(self) -> None:
+        """No pass follows for now."""
+        self._scheduler.end_run()
+
+    @property
+    def _busy(self) -> float:
+        return self._link.busy_seconds if self._link is not None else 0.0
+
+    def _run_step(self, step: Pass) -> None:
+        serve = self._scheduler.serve
+        self._scheduler.begin_step(step.tokens)
+        if self._link is None:
+            for layer, rows in enumerate(step.routes):
+                serve(layer, rows)
+        else:
+            advance = self._clock.advance
+            for layer, (rows, seconds) in enumerate(zip(step.routes, self._step_seconds, strict=True)):
+                serve(layer, rows)
+                advance(seconds)
+
+    def _run_prompt(self, chunk: np.ndarray) -> None:
+        for layer, (counts, seconds) in enumerate(zip(chunk, self._prompt_seconds, strict=True)):
+            rows = counts.sum()
+            for wave in self._scheduler.serve_prompt(layer, counts):
+                self._clock.advance(seconds * float(counts[wave.slot_row >= 0].sum() / rows))
+
+
+def _by_layer(name: str, seconds: float | Sequence[float], layers: int) -> list[float]:
+    by_layer = [float(seconds)] * layers if isinstance(seconds, int | float) else [float(each) for each in seconds]
+    if len(by_layer) != layers:
+        raise InputError(f"{name} has {len(by_layer)} figures for {layers} layers: give one, or one a layer")
+    for each in by_layer:
+        if not 0 <= each < float("inf"):
+            raise InputError(f"{name} {each}: give 0 or more seconds")
+    return by_layer
+
+
+def _widest(trace: RoutingTrace, batch: int | None) -> int:
+    """The most distinct experts that a layer of a step can use."""
+    _, bounds, prompt = trace.order(batch)
+    sequences = int(np.diff(bounds)[~prompt].max(initial=1))
+    return min(trace.num_experts, trace.top_k * sequences)
