@@ -3,10 +3,21 @@
 from ef_jax.errors import InputError
 from ef_jax.memory.policies.base import Key as Key
 from ef_jax.memory.policies.base import Policy as Policy
+from ef_jax.memory.policies.lfru import Lfru
+from ef_jax.memory.policies.lfu import Lfu
 from ef_jax.memory.policies.lru import Lru
+from ef_jax.memory.policies.plec import Plec
 from ef_jax.memory.policies.static import Static
+from ef_jax.memory.policies.two_level import TwoLevel
 
-POLICIES: dict[str, type[Policy]] = {"lru": Lru, "static": Static}
+POLICIES: dict[str, type[Policy]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "lfru": Lfru,
+    "two_level": TwoLevel,
+    "plec": Plec,
+    "static": Static,
+}
 
 
 def make_policy(name: str, *, layers: int, experts: int, cache_slots: int) -> Policy:

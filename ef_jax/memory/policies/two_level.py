@@ -1,0 +1,99 @@
+"""Two lists: keys that are likely to be used again, and the rest."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int
+
+from ef_jax.memory.policies.ranked import TIER, Ranked, Rows, predicted, views
+
+
+class TwoLevel(Ranked):
+    """Evicts the least recently used key of a low list, then of a high one, after ExpertFlow-S (arXiv:2510.26730).
+
+    A key is in the high list for one of two reasons. It is predicted for one of the next `window` layers; it goes back
+    when its layer has run or the next prediction leaves it out. Or it was used recently, which here means: it was used
+    again while it was resident, and since then fewer than half of its layer's keys were. Taken as age alone,
+    recency would make both lists together plain LRU; counted by reuse they are a segmented LRU (Karedla, Love and
+    Wherry 1994) with equal segments, so that the policy differs from LRU where no predictor is at work.
+
+    Attributes:
+      window: layers ahead whose predictions count: 8, amid the 5 to 14 of ExpertFlow-S's formula for one sequence on
+        25 GB/s. Set it to the horizon of the prefetches, where there is one.
+      floor_share: 1.0. Age leads within a list, and one list of ages over all layers falls to zero hits below one
+        token cycle.
+    """
+
+    floor_share = 1.0
+    wants_predictions = True
+    window = 8
+
+    def __init__(self, *, layers: int, experts: int, cache_slots: int) -> None:
+        super().__init__(layers=layers, experts=experts, cache_slots=cache_slots)
+        self._last = np.zeros((layers, experts))
+        self._reused = np.zeros((layers, experts))  # TIER or 0
+        self._ahead = np.zeros((layers, experts))  # likewise
+        self._last_of, self._reused_of = views(self._last), views(self._reused)
+        self._held: list[set[int]] = [set() for _ in range(layers)]
+        self._high: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(layers)]
+        self._named: Float64[np.ndarray, "L E"] | None = None
+        self._clock = self._before = 0
+
+    def on_step(self, tokens: Sequence[int]) -> None:
+        if self._named is not None:
+            self._named = None
+            self._ahead.fill(0)
+
+    def on_predict(self, scores: Float32[np.ndarray, "L E"]) -> None:
+        self._named = predicted(scores) * TIER
+        self._ahead.fill(0)
+        self._ahead[: self.window] = self._named[: self.window]
+
+    def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        self._before = clock = self._clock
+        last = self._last_of[layer]
+        held, high = self._held[layer], self._high[layer]
+        for row in rows:
+            for expert in reversed(row):
+                clock += 1
+                last[expert] = clock
+                if expert in held:
+                    if expert in high:
+                        high.move_to_end(expert)
+                    else:
+                        self._promote(layer, expert)
+        self._clock = clock
+        if self._named is not None:
+            self._ahead[layer] = 0
+            entering = slice(layer + 1, layer + 1 + self.window)
+            self._ahead[entering] = self._named[entering]
+
+    def on_prompt(self, layer: int, counts: Int[np.ndarray, "E"]) -> None:
+        used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        self._last[layer, used[::-1]] = self._clock + 1 + np.arange(len(used))  # the most used the latest
+        self._clock += len(used)
+
+    def on_enter(self, layer: int, expert: int) -> None:
+        super().on_enter(layer, expert)
+        if self._last_of[layer][expert] < self._before:  # it was not asked for: as recent as the layer before
+            self._last_of[layer][expert] = self._before
+        self._held[layer].add(expert)
+
+    def on_evict(self, layer: int, expert: int) -> None:
+        super().on_evict(layer, expert)
+        self._held[layer].remove(expert)
+        self._high[layer].pop(expert, None)
+        self._reused_of[layer][expert] = 0.0
+
+    def rank(self, layers: Rows) -> Float64[np.ndarray, "N E"]:
+        if self._named is None:
+            return self._last[layers] + self._reused[layers]
+        return self._last[layers] + np.maximum(self._reused[layers], self._ahead[layers])
+
+    def _promote(self, layer: int, expert: int) -> None:
+        high, reused = self._high[layer], self._reused_of[layer]
+        high[expert] = None
+        reused[expert] = TIER
+        if 2 * len(high) > len(self._held[layer]):
+            reused[high.popitem(last=False)[0]] = 0.0
