@@ -178,17 +178,16 @@ def test_plec_takes_the_oldest_keys_above_the_quotas(case):
             admission = residency.admit(layer, rows)
             lost = before - resident(residency)
             above = [max(0, sum(key[0] == other for key in before) - share[other]) for other in range(layers)]
-            free = cache - len(before)
-            above[layer] = max(0, sum(key[0] == layer for key in before) + len(admission.missing) - share[layer])
+            wanted = max(0, len(admission.missing) - (cache - len(before)))
+            above[layer] = max(0, sum(key[0] == layer for key in before) + wanted - share[layer])
             expected = set()
             for key in sorted(before, key=lambda key: last[key]):
-                if len(expected) < len(admission.missing) - free and above[key[0]]:
+                if len(expected) < wanted and above[key[0]]:
                     if key[0] == layer and key[1] in needed:
                         continue
                     above[key[0]] -= 1
                     expected.add(key)
-            if len(expected) == max(0, len(admission.missing) - free):
-                assert lost == expected
+            assert lost == expected
 
 
 @given(
@@ -261,17 +260,17 @@ def test_static_fills_with_the_chosen_hot_set_and_nothing_else_may_displace_it()
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_hits_do_not_collapse_below_one_token_cycle(name):
-    """Most tokens use the same experts; 12 slots for a cycle of 16. One list of ages would never hit."""
+    """Most tokens use the same experts; 12 slots for a cycle of 24. One list of ages would never hit."""
     policy = make_policy(name, layers=8, experts=16, cache_slots=12)
     residency, rng = table(policy), np.random.default_rng(0)
     hits = asked = 0
     for _ in range(300):
         policy.on_step([0])
         for layer in range(8):
-            row = [0, 1] if rng.random() < 0.8 else rng.permutation(16)[:2].tolist()
+            row = [0, 1, 2] if rng.random() < 0.8 else rng.permutation(16)[:3].tolist()
             hits += residency.admit(layer, [row]).hits
-            asked += 2
-    assert hits / asked > 0.3
+            asked += 3
+    assert hits / asked > 0.25
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -13,10 +13,10 @@ class Plec(Ranked):
     """Gives each layer a quota of slots by its need, after ExpertFlow-H's PLEC (arXiv:2410.17954).
 
     The least recently used keys of layers above their quota leave, those of the asking layer when it has used up its
-    own. Where floors leave too few such keys, quotas do not count. With predictions the need of a layer is the sum of
-    its probabilities; keys that were predicted and not used leave first of all; layers that have run have no need left
-    in the step, so that the later ones take their slots at once; keys that are predicted for layers to come leave
-    last. A key that is used and was not predicted always finds a victim, and so is loaded at once.
+    own; where one step needs more of a layer than its quota, the rest pass through staging. With predictions the need
+    of a layer is the sum of its probabilities; keys that were predicted and not used leave first of all; layers that
+    have run have no need left in the step, so that the later ones take their slots at once; keys that are predicted
+    for layers to come leave last. A key that is used and was not predicted is loaded at once, like any other.
 
     Without predictions need is estimated from the past: the effective number of experts that a layer uses,
     (sum f)^2 / sum f^2 of their decayed frequencies f.
@@ -100,8 +100,7 @@ class Plec(Ranked):
         above[layer] = max(0, self._excess[layer] + len(missing))
         if self._predicting:
             above[: self._running + 1] = spare[: self._running + 1]
-        chosen = self.lowest(layer, len(missing), needed, list(map(min, above, spare)))
-        return chosen if None not in chosen else self.lowest(layer, len(missing), needed, spare)
+        return self.lowest(layer, len(missing), needed, list(map(min, above, spare)))
 
     def _take(self, quotas: list[int]) -> None:
         self._excess = [excess + old - new for excess, old, new in zip(self._excess, self._quotas, quotas, strict=True)]
