@@ -22,11 +22,11 @@ class Timing:
     """
 
     bandwidth: float
-    stall_seconds: float | None
-    step_seconds: float | None
-    tokens_per_second: float | None
-    link_utilisation: float | None
-    bytes_wasted: int | None
+    stall_seconds: float | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    link_utilisation: float | None = None
+    bytes_wasted: int | None = None
     stall_lower_seconds: float
     stall_clairvoyant_seconds: float
 
