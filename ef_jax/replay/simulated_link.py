@@ -137,6 +137,7 @@ class SimulatedLink:
         self._queued_at = self._left_at = self.clock.now
 
     def wait(self, keys: Sequence[Key]) -> None:
+        self._begin_prefetches()
         self._wait_until(max((self._across.pop(key) for key in keys), default=self.clock.now))
 
     def _wait_until(self, time: float) -> None:

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import Policy, make_policy
+from ef_jax.memory.policies.static import Static
 from ef_jax.memory.residency import Residency
 from ef_jax.predict import History, Oracle, Predictor
 from ef_jax.replay.simulated_link import FreeLink, LinkModel, SimulatedLink
@@ -42,7 +44,8 @@ def simulate(
       slots: cache slots, 1 to L * E; with L * E, every expert is in its slot from the beginning, as in the engine.
       policy: who leaves the cache: a name, or a policy of this model's shape.
       batch: sequences side by side, see `RoutingTrace.order`; None: as recorded.
-      fit: the first sequences run, and teach policy and predictor, but are not counted.
+      fit: the first sequences run, and teach policy and predictor, but are not counted; `static` takes its hot set
+        from them.
       staging_slots: slots of the staging ring; None: as many as the largest step can need.
       block_bytes: bytes of one expert block; None: the trace's. Without either bytes count as 0, and a link has
         nothing to go by.
@@ -75,6 +78,9 @@ def simulate(
         horizon=horizon,
         threshold=threshold,
     )
+    made = replay.residency.policy
+    if fit and policy == "static" and isinstance(made, Static):
+        made.choose(_uses(parts[0]))
     for part in parts:
         replay.stats.reset()
         for step in part.steps(batch):
@@ -223,6 +229,13 @@ def _by_layer(name: str, seconds: float | Sequence[float], layers: int) -> list[
         if not 0 <= each < float("inf"):
             raise InputError(f"{name} {each}: give 0 or more seconds")
     return by_layer
+
+
+def _uses(trace: RoutingTrace) -> Int64[np.ndarray, "L E"]:
+    """How often each key was used."""
+    return np.stack(
+        [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(trace.layers)]
+    )
 
 
 def _widest(trace: RoutingTrace, batch: int | None) -> int:
