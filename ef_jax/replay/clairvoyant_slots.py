@@ -54,7 +54,7 @@ class ClairvoyantSlots:
         return True
 
     def used(self, entries: Iterable[int], limit: int) -> None:
-        """The keys of a layer-step, `limit` being its limit, are needed next as `entries` say; they may leave from now on."""
+        """Note when the keys of a layer-step, whose limit is `limit`, are needed next; from now on they may leave."""
         heap = self._heap
         for entry in entries:
             heapq.heappush(heap, entry)

@@ -1,7 +1,7 @@
 """Small random layer-steps, and all that a cache of a few slots can do with them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from hypothesis import strategies as st
@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from ef_jax.replay.layer_steps import PROMPT, LayerSteps
 
 LAYERS, EXPERTS = 2, 3
+
+State = tuple[int, int | None, frozenset[int], int | None, int]
 
 
 def steps_of(needs: list[tuple[int, list[int]]], *, layers: int = LAYERS, experts: int = EXPERTS) -> LayerSteps:
@@ -54,3 +56,48 @@ def most_hits(steps: LayerSteps, slots: int, *, bypass: bool) -> int:
                     after[kept] = max(after.get(kept, -1), hits + len(found))
         best = after
     return max(best.values())
+
+
+def least_time(steps: LayerSteps, slots: int, *, block_seconds: int, layer_seconds: Sequence[int]) -> int:
+    """The least time in which all steps can end, whole seconds: every schedule over the link is tried.
+
+    Times are whole, so no schedule gains by starting a copy in between. A state is (layer-steps ended, seconds that the
+    running one still needs or None, resident keys, key on the link or None, seconds until it arrives).
+    """
+    needs = [frozenset(steps.keys[a:b].tolist()) for a, b in itertools.pairwise(steps.starts)]
+    layers, everything = steps.layers.tolist(), frozenset(range(steps.num_keys))
+
+    def choices(state: State) -> Iterator[State]:
+        done, left, resident, copied, wait = state
+        if left == 0:
+            yield done + 1, None, resident, copied, wait
+        if copied is not None and wait == 0:
+            yield done, left, resident | {copied}, None, 0
+        if done == len(needs):
+            return
+        room = slots - (copied is not None)
+        if left is None and layers[done] == PROMPT:
+            for kept in subsets(resident | needs[done] - {copied}, room):
+                yield done + 1, None, kept, copied, wait
+        elif left is None and needs[done] <= resident:
+            yield done, layer_seconds[layers[done]], resident, copied, wait
+        if copied is None:
+            leaves = resident - needs[done] if left is not None else resident
+            lost = [frozenset([key]) for key in leaves] if len(resident) == slots else [frozenset[int]()]
+            for key, leaving in itertools.product(everything - resident, lost):
+                yield done, left, resident - leaving, key, block_seconds
+
+    states: set[State] = {(0, None, frozenset(), None, 0)}
+    for time in itertools.count():
+        fresh = states
+        while fresh:
+            fresh = {after for state in fresh for after in choices(state)} - states
+            states |= fresh
+        if any(done == len(needs) for done, *_ in states):
+            return time
+        states = {
+            (done, None if left is None else left - 1, resident, copied, max(wait - 1, 0))
+            for done, left, resident, copied, wait in states
+            if left != 0 and (copied is None or wait)
+        }
+    raise AssertionError

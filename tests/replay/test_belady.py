@@ -39,7 +39,7 @@ def slow_belady(steps: LayerSteps, slots: int) -> int:
     return hits
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(needs=needs(7), slots=st.integers(0, 5), bypass=st.booleans())
 def test_no_demand_schedule_hits_more_and_one_hits_as_often(needs, slots, bypass):
     steps = steps_of(needs)
