@@ -68,11 +68,13 @@ class Prefetcher(Generic[Blocks]):
             closed.append((layer + distance - 1) % layers)
             target = (layer + distance) % layers
             scores = self._predictor.predict(layer, distance)
-            likely = np.flatnonzero(scores >= self.threshold)
-            absent = likely[residency.slot_of[target, likely] < 0]
+            likely = scores >= self.threshold
+            absent = (likely & (residency.slot_of[target] < 0)).nonzero()[0]
             if not absent.size:
                 continue
-            keep = likely.tolist() if target != layer else [*likely.tolist(), *itertools.chain.from_iterable(rows)]
+            keep = likely.nonzero()[0].tolist()
+            if target == layer:
+                keep += itertools.chain.from_iterable(rows)
             for expert in absent[np.argsort(-scores[absent], kind="stable")].tolist():
                 slot = residency.reserve(target, expert, keep=keep, closed=closed)
                 if slot is not None:
