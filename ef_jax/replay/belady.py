@@ -2,7 +2,9 @@
 
 L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966: who
 leaves is the block whose next use is furthest. Time is counted in layer-steps: the keys that a running layer-step
-needs are never victims, not even those it is done hitting. One list serves all layers; there are no floors.
+needs are never victims. One list serves all layers; there are no floors. With bypass, or where a layer-step needs more
+keys than there are slots, it matters who stays of two keys that are needed again together: the one that is needed again
+sooner after that. Small cases, in which every schedule was tried, show no better rule.
 
 Prompt passes are neither hits nor misses. An engine's prompt seeds free slots; here its keys may take any slot, with
 the whole future in view, which no engine can better.
