@@ -1,5 +1,4 @@
-"""When blocks move: demand copies and prefetches of decode steps, waves of prompts. The same object serves the engine
-and replays."""
+"""When blocks move: demand copies, prefetches, waves of prompts. One object for the engine and for replays."""
 
 from collections.abc import Iterator, Sequence
 from typing import Generic
