@@ -126,7 +126,7 @@ def _contents(
         "model": trace.model,
         "sequences": trace.sequences,
         "tokens": trace.count,
-        "layers": trace.layers,
+        "moe_layers": trace.layers,
         "experts_per_layer": trace.num_experts,
         "experts_per_token": trace.top_k,
         "fit": options.fit,

@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
@@ -115,7 +116,7 @@ def _run_spawned(
             for future in concurrent.futures.as_completed(futures):
                 done[futures[future]] = future.result()
                 on_done()
-        except concurrent.futures.process.BrokenProcessPool:
+        except BrokenProcessPool:
             raise InputError("a replaying process died, perhaps for want of memory: give fewer --jobs") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

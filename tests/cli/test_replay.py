@@ -46,7 +46,7 @@ def test_every_policy_and_both_bounds_by_default(traces: Path, capsys: pytest.Ca
     assert {row["slots"] for row in rows} == {6, 12, 24}
     assert all(row["hit_rate"] == row["hits"] / row["accesses"] for row in rows)
     assert result["recommended"]["policy"] in POLICIES
-    assert (result["layers"], result["experts_per_layer"], result["experts_per_token"]) == (3, 16, 2)
+    assert (result["moe_layers"], result["experts_per_layer"], result["experts_per_token"]) == (3, 16, 2)
     assert any("uses of 48 experts" in line for line in result["warnings"])
 
 
