@@ -12,9 +12,13 @@ from ef_jax.spec import ModelSpec
 
 Serve = Callable[[int, Any], Any]
 
+# Steps whose ids are taken together. One by one, right after a step has filled the processor's caches with something
+# else, costs half as much again.
+_MOST_PENDING = 16
+
 
 class _Running(NamedTuple):
-    """A pass under way: int32 `[B, T]` tokens and positions; ids and weights `[B, T, K]` by layer, on the device."""
+    """A pass whose routes are still on the device: int32 `[B, T]` tokens and positions, `[B, T, K]` by MoE layer."""
 
     tokens: jax.Array | np.ndarray
     positions: np.ndarray
@@ -39,8 +43,7 @@ class Recorder:
     recording began starts with its first recorded token. Teacher-forced passes (`logits`, `score`) are prompts. A pass
     that fails before its last layer is left out.
 
-    Nothing is waited for while a pass runs: its ids are taken when the next one begins, after the engine has read the
-    pass's tokens.
+    Nothing is waited for while a pass runs: what it leaves on the device is taken later, of several steps together.
 
     Args:
       spec: the model.
@@ -56,7 +59,7 @@ class Recorder:
         self._recorded: list[_Rows] = []
         self._sequences: dict[int, int] = {}  # by place in the running batch
         self._begun = 0
-        self._running: _Running | None = None
+        self._pending: list[_Running] = []
 
     def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray) -> Serve:
         """A pass begins.
@@ -70,18 +73,18 @@ class Recorder:
         Returns:
           What the engine calls instead of `serve` in this pass.
         """
-        self._settle()
-        running = self._running = _Running(tokens, positions, [], [])
+        if len(self._pending) == _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
+            self._settle()
+        running = _Running(tokens, positions, [], [])
+        self._pending.append(running)
+        keep_ids, keep_weights = running.ids.append, running.weights.append
         prompt, weights = positions.shape[1] > 1, self._weights
 
         def listening(layer: int, carried: Any) -> Any:
             routed = carried[0] if prompt else carried
-            running.ids.append(routed.ids)
-            if prompt:  # of a step, the engine reads the ids itself
-                routed.ids.copy_to_host_async()
+            keep_ids(routed.ids)
             if weights:
-                running.weights.append(routed.weights)
-                routed.weights.copy_to_host_async()
+                keep_weights(routed.weights)
             return serve(layer, carried)
 
         return listening
@@ -113,10 +116,13 @@ class Recorder:
         )
 
     def _settle(self) -> None:
-        """Take the ids of the pass that ran last."""
-        running, self._running = self._running, None
-        if running is None or len(running.ids) < self._layers:
-            return
+        """Take what the passes that ran have left on the device."""
+        for running in self._pending:
+            if len(running.ids) == self._layers:
+                self._recorded.append(self._rows(running))
+        self._pending.clear()
+
+    def _rows(self, running: _Running) -> _Rows:
         positions = running.positions
         places, columns = np.nonzero(positions >= 0)
         prompt = positions.shape[1] > 1
@@ -128,14 +134,13 @@ class Recorder:
                 self._begun += 1
 
         def rows(layers: list[jax.Array], dtype: Any) -> np.ndarray:
-            return np.stack([np.asarray(layer) for layer in layers], axis=2)[places, columns].astype(dtype)
+            joined = np.concatenate([np.asarray(layer) for layer in layers], axis=-1)[places, columns]
+            return joined.astype(dtype).reshape(len(places), len(layers), -1)
 
-        self._recorded.append(
-            _Rows(
-                phase=PROMPT if prompt else DECODE,
-                sequences=np.array([self._sequences[place] for place in places.tolist()]),
-                tokens=np.asarray(running.tokens)[places, columns],
-                experts=rows(running.ids, self._dtype),
-                weights=rows(running.weights, np.float16) if self._weights else None,
-            )
+        return _Rows(
+            phase=PROMPT if prompt else DECODE,
+            sequences=np.array([self._sequences[place] for place in places.tolist()]),
+            tokens=np.asarray(running.tokens)[places, columns],
+            experts=rows(running.ids, self._dtype),
+            weights=rows(running.weights, np.float16) if self._weights else None,
         )
