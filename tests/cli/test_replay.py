@@ -126,8 +126,6 @@ def test_a_picture_without_matplotlib(
         (["--layer-time", "3ms"], "--layer-time needs a link: give --bandwidth"),
         (["--bandwidth", "1GB/s", "--horizon", "1"], "horizon 1 needs a predictor"),
         (["--bandwidth", "1GB/s", "--horizon", "9", "--predictor", "history"], "horizon 9: give 0 to 3"),
-        (["--plot", "nowhere/out.png"], "there is no directory 'nowhere'"),
-        (["--plot", "out.xyz"], "cannot draw 'out.xyz'"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -137,6 +135,21 @@ def test_bad_input_is_one_line(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/out.png", "there is no directory 'nowhere'"),
+        ("out.xyz", "cannot draw 'out.xyz': end its name in one of"),
+    ],
+)
+def test_a_picture_that_cannot_be_written(
+    traces: Path, path: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["replay", str(traces / "own.npz"), "--plot", path]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_link_needs_the_bytes_of_a_block(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
