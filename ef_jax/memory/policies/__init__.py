@@ -6,6 +6,7 @@ from ef_jax.memory.policies.base import Policy as Policy
 from ef_jax.memory.policies.lfru import Lfru
 from ef_jax.memory.policies.lfu import Lfu
 from ef_jax.memory.policies.lru import Lru
+from ef_jax.memory.policies.next_use import NextUse
 from ef_jax.memory.policies.plec import Plec
 from ef_jax.memory.policies.static import Static
 from ef_jax.memory.policies.two_level import TwoLevel
@@ -17,6 +18,7 @@ POLICIES: dict[str, type[Policy]] = {
     "two_level": TwoLevel,
     "plec": Plec,
     "static": Static,
+    "next_use": NextUse,
 }
 
 

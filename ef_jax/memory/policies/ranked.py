@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 
 from ef_jax.memory.policies.base import Key, Policy
 
@@ -76,7 +76,7 @@ class Ranked(Policy):
         return chosen + [None] * (count - len(chosen))
 
 
-def views(table: Float64[np.ndarray, "L E"]) -> list[Numbers]:
+def views(table: Float[np.ndarray, "L E"]) -> list[Numbers]:
     """The rows of a table for reading and writing single numbers, at half the price of numpy's indexing."""
     return [Numbers(row) for row in table]
 
