@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -23,8 +22,9 @@ COMPONENTS = ("read_back", "admit", "link_start", "link_finish", "dispatch")
 class HostWork:
     """Times decode steps of one engine after one prompt, with the real programs and without any device work.
 
-    Every real run begins from an empty cache (or from the filled one, where all experts are resident) and the prompt,
-    so all runs decide the same about residency; the others play the first run's routes back.
+    Every run begins from an empty cache and a policy that has seen nothing (or from the filled cache, where all experts
+    are resident) and the prompt, so all decide the same about residency; those without device work play the first run's
+    routes back.
 
     Args:
       engine: of a batch of one.
@@ -36,15 +36,14 @@ class HostWork:
         self._engine, self._prompt, self._steps = engine, prompt, steps
         self._layers = len(engine.spec.layers)
         self._sampling = sampling_arrays(SamplingOptions(temperature=0.8, top_p=0.9), 1)
-        self._programs, self._residency, self._inserts = engine.programs, engine.residency, engine.link.pool._insert
+        self._programs, self._inserts = engine.programs, engine.link.pool._insert
         self._null_programs = NullPrograms.of(self._programs)
         self._null_inserts = null_inserts(engine.link)
         engine.prepare([len(prompt)], len(prompt) + steps)
         self._null_programs.compile_for([len(prompt)], len(prompt) + steps)
         self._begin()
         recorder = Playback(self._programs)
-        self._state = copy.deepcopy(engine.residency), engine._batch.length.copy(), engine._batch.step.copy()
-        with self._replaced(recorder, self._residency, self._inserts):
+        with self._replaced(recorder, self._inserts):
             self._walk()
         self._routes = [np.asarray(ids) for ids in recorder.taken]
         self._null(None)  # compiles what is not yet
@@ -62,7 +61,7 @@ class HostWork:
         self._note("other", total - sum(clocks[name] for name in COMPONENTS))
         clocks = collections.defaultdict(float)
         self._begin()
-        with self._replaced(Playback(self._programs, clocks=clocks), self._residency, self._inserts):
+        with self._replaced(Playback(self._programs, clocks=clocks), self._inserts):
             self._note("real_unblocked", self._walk() - clocks["read_back"])
 
     def result(self) -> dict[str, Any]:
@@ -79,9 +78,11 @@ class HostWork:
         self._samples[name].append(seconds / self._layers / self._steps * 1e6)
 
     def _begin(self) -> None:
-        if not self._residency.all_resident:
-            self._residency.clear()
-        self._engine.start([self._prompt], self._sampling)
+        engine = self._engine
+        if not engine.residency.all_resident:
+            engine.scheduler.residency = _emptied(engine.residency)
+        engine.start([self._prompt], self._sampling)
+        jax.block_until_ready(engine.link.pool.array)
 
     def _walk(self) -> float:
         began = time.perf_counter()
@@ -92,24 +93,28 @@ class HostWork:
     def _null(self, clocks: Clocks | None) -> float:
         """Seconds of the steps with no device work."""
         engine = self._engine
-        residency, length, step = copy.deepcopy(self._state)
+        self._begin()
         # Fresh arrays, for an array that was read once keeps its copy on the host.
         routes = jax.block_until_ready(jax.device_put(self._routes, engine._batch.sharding))
         programs = Playback(self._null_programs, routes=iter(routes), clocks=clocks)
-        with self._replaced(programs, residency, self._null_inserts), _clocked(engine, clocks):
-            engine._batch.length[:], engine._batch.step[:] = length, step
+        with self._replaced(programs, self._null_inserts), _clocked(engine, clocks):
             return self._walk()
 
     @contextlib.contextmanager
-    def _replaced(self, programs: Playback, residency: Residency, inserts: list[Any]) -> Iterator[None]:
+    def _replaced(self, programs: Playback, inserts: list[Any]) -> Iterator[None]:
         engine = self._engine
-        engine.programs, engine.scheduler.residency = cast(Programs, programs), residency
-        engine.link.pool._insert = inserts
+        engine.programs, engine.link.pool._insert = cast(Programs, programs), inserts
         try:
             yield
         finally:
-            engine.programs, engine.scheduler.residency = self._programs, self._residency
-            engine.link.pool._insert = self._inserts
+            engine.programs, engine.link.pool._insert = self._programs, self._inserts
+
+
+def _emptied(residency: Residency) -> Residency:
+    """A table of the same slots with nothing in them, under a policy of the same kind that has seen nothing."""
+    shape = {"layers": residency.layers, "experts": residency.experts, "cache_slots": residency.cache_slots}
+    policy = type(residency.policy)(**shape)
+    return Residency(**shape, staging_slots=residency.staging_slots, policy=policy)
 
 
 @contextlib.contextmanager
