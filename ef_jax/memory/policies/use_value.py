@@ -15,6 +15,7 @@ _BLOCK = 32  # steps between two fits of the map
 _MAP_STEPS = 8192  # that the map's statistics reach back
 _MAP_PRIOR = 128.0  # strength of the map's ridge, in steps
 _WEIGHT_STEPS = 1024  # that the weights' statistics reach back
+_CHUNK = 128  # keys in a product at most
 _LEAST = np.array(0.01, np.float32)  # values below count as this
 
 
@@ -40,16 +41,18 @@ class UseValue:
     def __init__(self, *, layers: int, experts: int) -> None:
         self._shape, keys = (layers, experts), layers * experts
         rank, decays = min(_RANK, keys), len(_DECAYS)
-        self._components = RoutingComponents(layers=layers, experts=experts, rank=rank)
+        # Keys are learned about in chunks, see `RoutingComponents`.
+        width = max(n for n in range(1, _CHUNK + 1) if experts % n == 0)
+        self._chunks, self._width = keys // width, width
+        self._components = RoutingComponents(layers=layers, experts=experts, rank=rank, chunks=self._chunks)
         # Of each layer the map, the frequencies, ones and the running step's uses: a row of values is one product.
         self._stack = np.zeros((layers, rank + decays + 2, experts), np.float32)
         self._stack[:, -2] = 1
-        self._stack_rows = list(self._stack)
         self._map, self._frequencies, self._used = self._stack[:, :rank], self._stack[:, rank:-2], self._stack[:, -1]
+        self._stack_rows, self._row = list(self._stack), np.empty(experts, np.float32)
         self._used_cells = views(self._used)
         self._mix = np.zeros(rank + decays + 2, np.float32)
         self._map_mix = self._mix[:rank]
-        self._row = np.empty(experts, np.float32)
         self._seen = self._steps = 0
         # The second stage: weights of the frequencies, the map's output, one; at first the mean of the frequencies.
         self._prior = np.array([1 / decays] * decays + [0, 0])
@@ -59,10 +62,10 @@ class UseValue:
         self._before: tuple[np.ndarray, np.ndarray] | None = None  # features and components after the last step
         # The first stage, and the steps that wait to be taken into it.
         self._map_gram = np.zeros((rank, rank), np.float32)
-        self._map_moment = np.zeros((rank, keys), np.float32)
+        self._map_moment = np.zeros((self._chunks, rank, width), np.float32)
         self._block_components = np.zeros((_BLOCK, rank), np.float32)
-        self._block_rest = np.zeros((_BLOCK, keys), np.float32)
-        self._block_used = np.zeros((_BLOCK, keys), np.float32)
+        self._block_rest = np.zeros((self._chunks, _BLOCK, width), np.float32)
+        self._block_used = np.zeros((self._chunks, _BLOCK, width), np.float32)
         self._filled, self._turn_at = 0, _BLOCK
         self.values = np.full(self._shape, _LEAST, np.float32)
         self._prepare()
@@ -132,11 +135,11 @@ class UseValue:
         """Keep a step for the next fit of the map."""
         weights = self._weights.copy()
         weights[len(_DECAYS)] = 0
-        rest = self._block_rest[self._filled].reshape(self._shape)
-        np.subtract(target, weights @ features, out=rest.reshape(-1))
+        rest = (target - weights @ features).reshape(self._shape)
         rest -= rest.mean(1, keepdims=True)  # a layer's routes add up to the same every time
+        self._block_rest[:, self._filled] = rest.reshape(self._chunks, self._width)
+        self._block_used[:, self._filled] = used.reshape(self._chunks, self._width)
         self._block_components[self._filled] = components
-        self._block_used[self._filled] = used
         self._filled += 1
 
     def _fit_weights(self, features: Float32[np.ndarray, "n keys"], target: Float32[np.ndarray, "keys"]) -> None:
@@ -156,19 +159,20 @@ class UseValue:
 
     def _fit_map(self) -> None:
         """The first stage, from the steps noted since the last fit and, fading, those before."""
-        steps, self._filled = self._steps, 0
+        steps, layers, self._filled = self._steps, self._shape[0], 0
         keep = 1 - min(_BLOCK / _MAP_STEPS, 0.5)
         components = self._block_components
         self._map_gram = keep * self._map_gram + components.T @ components
         self._map_moment *= np.float32(keep)
-        self._map_moment += components.T @ self._block_rest
+        self._map_moment += np.matmul(components.T, self._block_rest)
         self._components.learn(self._block_used, keep=keep)
         if steps >= self._turn_at:
             self._turn_at = steps + min(8 * _BLOCK, max(_BLOCK, steps // 4))
             turn = self._components.turn()
             self._map_gram = turn.T @ self._map_gram @ turn
-            self._map_moment = turn.T @ self._map_moment
+            self._map_moment = np.matmul(turn.T, self._map_moment)
         gram, rank = self._map_gram.astype(np.float64), len(self._map_gram)
         ridge = _MAP_PRIOR * np.trace(gram) / (rank * min(steps, _MAP_STEPS)) + 1e-6
         inverse = np.linalg.inv(gram + ridge * np.eye(rank)).astype(np.float32)
-        self._map[:] = (inverse @ self._map_moment).reshape(rank, *self._shape).transpose(1, 0, 2)
+        fitted = np.matmul(inverse, self._map_moment)
+        self._map[:] = fitted.reshape(layers, -1, rank, self._width).swapaxes(1, 2).reshape(layers, rank, -1)
