@@ -95,6 +95,11 @@ def clairvoyant(routes: np.ndarray, cache: int, *, experts: int) -> float:
 # Components.
 
 
+def chunked(data: np.ndarray, chunks: int) -> np.ndarray:
+    """`[n, keys]` as `RoutingComponents` takes it."""
+    return np.ascontiguousarray(data.reshape(len(data), chunks, -1).swapaxes(0, 1), np.float32)
+
+
 def from_scratch(components: RoutingComponents, last: list[list[int]], experts: int) -> np.ndarray:
     keys = [layer * experts + expert for layer, row in enumerate(last) for expert in row]
     return components._basis.astype(np.float64)[keys].sum(0) - components._mean
@@ -105,7 +110,7 @@ def from_scratch(components: RoutingComponents, last: list[list[int]], experts: 
 def test_components_are_those_of_the_last_routes_less_their_mean(layers, experts, seed, narrow):
     random = np.random.default_rng(seed)
     rank = max(1, layers * experts // (3 if narrow else 1))
-    components = RoutingComponents(layers=layers, experts=experts, rank=rank)
+    components = RoutingComponents(layers=layers, experts=experts, rank=rank, chunks=layers)
     last: list[list[int]] = [[] for _ in range(layers)]
     for count in range(1, 30):
         for layer in range(layers):
@@ -115,14 +120,14 @@ def test_components_are_those_of_the_last_routes_less_their_mean(layers, experts
         components.end_step(count)
         np.testing.assert_allclose(components.now, from_scratch(components, last, experts), atol=1e-5)
         if count % 7 == 0:
-            components.learn(random.random((16, layers * experts), np.float32) - np.float32(0.5), keep=0.5)
+            components.learn(chunked(random.random((16, layers * experts)) - 0.5, layers), keep=0.5)
             components.turn()
             np.testing.assert_allclose(components.now, from_scratch(components, last, experts), atol=1e-5)
 
 
 def test_the_mean_is_that_of_all_steps_while_they_are_few():
     random = np.random.default_rng(0)
-    components = RoutingComponents(layers=2, experts=8, rank=5)
+    components = RoutingComponents(layers=2, experts=8, rank=5, chunks=1)
     seen = [np.zeros(5)]
     for count in range(1, 60):
         routes = [random.permutation(8)[:2].tolist() for _ in range(2)]
@@ -135,9 +140,9 @@ def test_the_mean_is_that_of_all_steps_while_they_are_few():
 
 def test_turning_a_whole_basis_is_a_rotation():
     random = np.random.default_rng(0)
-    components = RoutingComponents(layers=2, experts=4, rank=8)
+    components = RoutingComponents(layers=2, experts=4, rank=8, chunks=4)
     before, data = components._basis.copy(), random.standard_normal((64, 8)).astype(np.float32)
-    components.learn(data, keep=0.5)
+    components.learn(chunked(data, 4), keep=0.5)
     turn = components.turn()
     np.testing.assert_allclose(turn.T @ turn, np.eye(8), atol=1e-5)
     np.testing.assert_allclose(data @ before @ turn, data @ components._basis, atol=1e-5)
@@ -147,10 +152,10 @@ def test_turning_takes_what_the_old_basis_knew_to_the_new_one():
     """The new basis is orthonormal and spans the sketch. Of data outside the old basis `turn` has no knowledge, so the
     components that it carries over are those of the data's projection on the old basis."""
     random = np.random.default_rng(1)
-    components = RoutingComponents(layers=3, experts=8, rank=6)
+    components = RoutingComponents(layers=3, experts=8, rank=6, chunks=3)
     before, data = components._basis.copy(), random.standard_normal((64, 24)).astype(np.float32)
-    components.learn(data, keep=0.5)
-    sketch = components._sketch.copy()
+    components.learn(chunked(data, 3), keep=0.5)
+    sketch = components._sketch.reshape(24, 6).copy()
     turn = components.turn()
     after = components._basis
     np.testing.assert_allclose(after.T @ after, np.eye(6), atol=1e-4)
@@ -160,11 +165,11 @@ def test_turning_takes_what_the_old_basis_knew_to_the_new_one():
 
 def test_the_basis_finds_the_space_of_data_of_low_rank():
     random = np.random.default_rng(2)
-    components = RoutingComponents(layers=3, experts=16, rank=8)
+    components = RoutingComponents(layers=3, experts=16, rank=8, chunks=6)
     space = np.linalg.qr(random.standard_normal((48, 4)))[0].T
     for _ in range(4):
         drawn = random.standard_normal((32, 4)) * [8, 4, 2, 1]
-        components.learn((drawn @ space).astype(np.float32), keep=0.9)
+        components.learn(chunked(drawn @ space, 6), keep=0.9)
         components.turn()
     leading = components._basis[:, -4:]
     np.testing.assert_allclose(leading.T @ leading, np.eye(4), atol=1e-4)
@@ -306,7 +311,7 @@ def test_a_loop_longer_than_the_cache_hits(layers, period, cache):
     for name in ("lru", "lfu"):
         assert hits(table(name, cache, **shape), routes).sum() == 0
     rate = hits(table("next_use", cache, **shape), routes)[300:].mean()
-    assert rate > clairvoyant(routes, cache, experts=period) / 3
+    assert rate > 0.85 * clairvoyant(routes, cache, experts=period)
 
 
 def test_a_miss_that_is_worth_less_than_every_resident_key_passes_through():
@@ -319,22 +324,14 @@ def test_a_miss_that_is_worth_less_than_every_resident_key_passes_through():
     assert {key for key in residency.key_of if key is not None} == {(0, expert) for expert in range(4)}
 
 
-# The decayed frequencies do not tell a key that was used in the last step from one that was used long before it.
-LAST_USE = pytest.mark.xfail(strict=True, reason="4 points below lru where a token cycle just fits")
 ROUTING = {
     "uniform": uniform(1000, top_k=2, **SMALL),
     "sticky": sticky(1000, top_k=2, leave=0.15, **SMALL),
 }
 
 
-@pytest.mark.parametrize(
-    ("routing", "cache"),
-    [
-        pytest.param(routing, cache, marks=LAST_USE if (routing, cache) == ("sticky", 8) else ())
-        for routing in ROUTING
-        for cache in (4, 8, 96)
-    ],
-)
+@pytest.mark.parametrize("cache", [4, 8, 96])
+@pytest.mark.parametrize("routing", ROUTING)
 def test_it_loses_nothing_to_lru_where_order_of_use_says_it_all(routing, cache):
     """0.2 points at most, beyond what is chance; from half a token cycle of slots to three quarters of the experts."""
     lru, ours = (hits(table(name, cache, **SMALL), ROUTING[routing]) for name in ("lru", "next_use"))

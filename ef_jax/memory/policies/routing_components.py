@@ -27,7 +27,7 @@ class RoutingComponents:
       now: `[R]`, of the last routes of every layer, running step included.
     """
 
-    def __init__(self, *, layers: int, experts: int, rank: int, chunks: int = 1) -> None:
+    def __init__(self, *, layers: int, experts: int, rank: int, chunks: int) -> None:
         keys = layers * experts
         random = np.random.default_rng(0)
         self._basis = np.linalg.qr(random.standard_normal((keys, rank)))[0].astype(np.float32)

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int
 from ef_jax.memory.policies.ranked import views
 from ef_jax.memory.policies.routing_components import RoutingComponents
 
-_DECAYS = np.array([0.5, 0.8, 0.93, 0.98, 0.995, 0.9995], np.float32)  # of the frequencies, a step
+_DECAYS = np.array([0, 0.5, 0.8, 0.93, 0.98, 0.995, 0.9995], np.float32)  # of the frequencies, a step
 _RANK = 64
 _BLOCK = 32  # steps between two fits of the map
 _MAP_STEPS = 8192  # that the map's statistics reach back
