@@ -31,7 +31,7 @@ class NextUse(Policy):
         self._misses, self._missed = 0.0, 0
         self._steps = 0
         self._routed = False
-        self._top_k = 1
+        self._top_k = 0
         # Worth at the start of the step, comparable among layers; and the same with infinity for who cannot leave.
         self._worth = np.zeros((layers, experts), np.float32)
         self._worth_rows, self._worth_cells = list(self._worth), views(self._worth)
@@ -60,7 +60,8 @@ class NextUse(Policy):
         np.add(worth, self._closed_rows[layer], out=self._leaving_rows[layer])
 
     def on_prompt(self, layer: int, counts: np.ndarray) -> None:
-        rows = max(int(counts.max()), int(counts.sum()) // self._top_k)
+        # Every token uses top-k experts of a layer. Before the first step has shown that number, the least that fits.
+        rows = int(counts.sum()) // self._top_k if self._top_k else int(counts.max())
         if rows:
             self._value.prompt(layer, counts, rows)
 

@@ -90,6 +90,7 @@ class UseValue:
         if layer == self._shape[0] - 1:
             self._seen += rows
             self._prepare()
+            np.maximum(np.matmul(self._mix, self._stack), _LEAST, out=self.values)
 
     def end_step(self, life: float) -> None:
         """Every layer has routed: value every key by all that is known, and learn from what the step used."""
