@@ -17,6 +17,7 @@ from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.simulator import simulate
 from ef_jax.replay.stall_bound import StallBound, stall_bound
 from ef_jax.replay.trace import Pass, RoutingTrace
+from ef_jax.replay.window_loads import WindowLoads, window_loads
 from ef_jax.stats import PhaseStats
 
 BOUNDS = ("belady", "belady_bypass")
@@ -82,6 +83,7 @@ class Replays:
             raise InputError("the trace does not say how large an expert's block is, and a link needs it: give it")
         self.trace = dataclasses.replace(trace, block_bytes=block_bytes, weights=None, pregate=None)
         self.settings = settings
+        self._fewest_loads: dict[int, WindowLoads] = {}  # by slots, for every link
         counted = self.trace.select(settings.fit)
         _, bounds, prompt = counted.order(settings.batch)
         self._steps, self._tokens = int((~prompt).sum()), int(np.diff(bounds)[~prompt].sum())
@@ -148,6 +150,9 @@ class Replays:
         if link is None or block_bytes is None:
             raise InputError("a bound of stalls needs a link and the bytes of an expert's block: give both")
         steps, count_from = self._layer_steps
+        places = task.slots + steps.widest
+        if places not in self._fewest_loads:
+            self._fewest_loads[places] = window_loads(steps, places, count_from=count_from)
         return stall_bound(
             steps,
             task.slots,
@@ -157,6 +162,7 @@ class Replays:
             block_overhead=link.block_overhead,
             staging=steps.widest,
             count_from=count_from,
+            fewest=self._fewest_loads[places],
         )
 
     @functools.cached_property
