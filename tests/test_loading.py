@@ -1,5 +1,7 @@
 """Loading: what is refused before anything is allocated, and what a load leaves in memory."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from ef_jax.weights import open_checkpoint
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "belady"}, "policy 'belady' is not one of lru, static"),
+        ({"policy": "belady"}, "policy 'belady' is not one of lru, lfu, lfru, two_level, plec, static, next_use"),
         ({"context": 2048}, "context 2048 is longer than the model's 1024 positions"),
         ({"context": -5}, "context must be at least 2 tokens, got -5"),
         ({"context": 0}, "context must be at least 2 tokens, got 0"),
@@ -28,10 +30,25 @@ from ef_jax.weights import open_checkpoint
     ],
 )
 def test_bad_options_are_refused(options, message):
+    gc.collect()
     before = len(jax.live_arrays())
     with pytest.raises(ef_jax.InputError, match=message):
         ef_jax.load(**options)
     assert len(jax.live_arrays()) == before
+
+
+def test_a_deleted_model_gives_its_memory_back_at_once():
+    gc.collect()
+    before = len(jax.live_arrays())
+    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=16)
+    with lm.trace():
+        lm.generate([[5, 6, 7]], max_new_tokens=4)
+    gc.disable()  # reference counts alone must do
+    try:
+        del lm
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 def test_experts_land_packed_one_pinned_array_each(small_moe):

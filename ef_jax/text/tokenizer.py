@@ -1,6 +1,8 @@
 """Text to token ids and back, by the tokenizer files of a checkpoint directory."""
 
+import gc
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,10 +115,15 @@ def _auto_tokenizer() -> Any:
     """transformers' AutoTokenizer; importing it takes one to three seconds, so that is left to whoever needs it."""
     logger = logging.getLogger("transformers")
     logger.addFilter(_no_record)  # importing it advises installing PyTorch, which is not needed here
+    first = "transformers" not in sys.modules
     try:
         from transformers import AutoTokenizer
     finally:
         logger.removeFilter(_no_record)
+    if first:
+        # It leaves exceptions behind in reference cycles, and those the frames of all callers: a model that one of
+        # them then loads would keep its device memory when it is deleted.
+        gc.collect()
     return AutoTokenizer
 
 
