@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ef_jax.memory.policies import make_policy
+from ef_jax.memory.policies import make_policy, use_value
 from ef_jax.memory.policies.routing_components import RoutingComponents
 from ef_jax.memory.policies.use_value import UseValue
 from ef_jax.memory.residency import Residency
@@ -189,6 +189,24 @@ def learn(value: UseValue, routes: np.ndarray, life: float) -> np.ndarray:
         value.end_step(life)
         after.append(value.values.copy())
     return np.array(after)
+
+
+def test_values_do_not_depend_on_how_a_layer_is_cut_into_products(monkeypatch):
+    routes = by_token(200, layers=2, experts=24, top_k=3)
+    counts = np.arange(24)
+    rows = []
+    for chunk in (24, 8, 5):
+        monkeypatch.setattr(use_value, "_CHUNK", chunk)
+        value = UseValue(layers=2, experts=24)
+        for layer in range(2):
+            value.prompt(layer, counts, 30)
+        steps = learn(value, routes, 8.0)
+        rows.append((steps, value.route(1, [2, 23]).copy()))
+    for steps, row in rows[1:]:
+        np.testing.assert_allclose(steps[:64], rows[0][0][:64], atol=1e-5)
+        # Later the basis has turned, and its least axes are made of rounding errors.
+        np.testing.assert_allclose(steps[64:], rows[0][0][64:], atol=0.03)
+        np.testing.assert_allclose(row, rows[0][1], atol=0.03)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -10,12 +10,12 @@ from ef_jax.memory.policies.ranked import views
 from ef_jax.memory.policies.routing_components import RoutingComponents
 
 _DECAYS = np.array([0, 0.5, 0.8, 0.93, 0.98, 0.995, 0.9995], np.float32)  # of the frequencies, a step
-_RANK = 64
+_RANK = 60
 _BLOCK = 32  # steps between two fits of the map
 _MAP_STEPS = 8192  # that the map's statistics reach back
 _MAP_PRIOR = 128.0  # strength of the map's ridge, in steps
 _WEIGHT_STEPS = 1024  # that the weights' statistics reach back
-_CHUNK = 128  # keys in a product at most
+_CHUNK = 128  # keys in a product at most; with so many rows, the threads of `RoutingComponents` are still not woken
 _LEAST = np.array(0.01, np.float32)  # values below count as this
 
 
@@ -39,18 +39,23 @@ class UseValue:
     """
 
     def __init__(self, *, layers: int, experts: int) -> None:
-        self._shape, keys = (layers, experts), layers * experts
+        keys = layers * experts
+        # Keys are taken in C chunks of W neighbours, parts of a layer, see `RoutingComponents`.
+        self._width = width = max(n for n in range(1, _CHUNK + 1) if experts % n == 0)
+        chunks, self._parts = keys // width, experts // width
+        self._shape, self._chunked = (layers, experts), (chunks, width)
         rank, decays = min(_RANK, keys), len(_DECAYS)
-        # Keys are learned about in chunks, see `RoutingComponents`.
-        width = max(n for n in range(1, _CHUNK + 1) if experts % n == 0)
-        self._chunks, self._width = keys // width, width
-        self._components = RoutingComponents(layers=layers, experts=experts, rank=rank, chunks=self._chunks)
-        # Of each layer the map, the frequencies, ones and the running step's uses: a row of values is one product.
-        self._stack = np.zeros((layers, rank + decays + 2, experts), np.float32)
+        self._components = RoutingComponents(layers=layers, experts=experts, rank=rank, chunks=chunks)
+        # Of each chunk the map, the frequencies, ones and the running step's uses: its values are one product.
+        self._stack = np.zeros((chunks, rank + decays + 2, width), np.float32)
         self._stack[:, -2] = 1
         self._map, self._frequencies, self._used = self._stack[:, :rank], self._stack[:, rank:-2], self._stack[:, -1]
-        self._stack_rows, self._row = list(self._stack), np.empty(experts, np.float32)
+        self._row = np.empty(experts, np.float32)
         self._used_cells = views(self._used)
+        self._layers = [
+            list(zip(self._stack[first : first + self._parts], self._row.reshape(-1, width), strict=True))
+            for first in range(0, chunks, self._parts)
+        ]
         self._mix = np.zeros(rank + decays + 2, np.float32)
         self._map_mix = self._mix[:rank]
         self._seen = self._steps = 0
@@ -62,10 +67,10 @@ class UseValue:
         self._before: tuple[np.ndarray, np.ndarray] | None = None  # features and components after the last step
         # The first stage, and the steps that wait to be taken into it.
         self._map_gram = np.zeros((rank, rank), np.float32)
-        self._map_moment = np.zeros((self._chunks, rank, width), np.float32)
+        self._map_moment = np.zeros((chunks, rank, width), np.float32)
         self._block_components = np.zeros((_BLOCK, rank), np.float32)
-        self._block_rest = np.zeros((self._chunks, _BLOCK, width), np.float32)
-        self._block_used = np.zeros((self._chunks, _BLOCK, width), np.float32)
+        self._block_rest = np.zeros((chunks, _BLOCK, width), np.float32)
+        self._block_used = np.zeros((chunks, _BLOCK, width), np.float32)
         self._filled, self._turn_at = 0, _BLOCK
         self.values = np.full(self._shape, _LEAST, np.float32)
         self._prepare()
@@ -75,42 +80,45 @@ class UseValue:
 
         The array that is returned holds them until the next call.
         """
-        components, used = self._components, self._used_cells[layer]
+        components, used, first = self._components, self._used_cells, layer * self._parts
         for expert in experts:
-            used[expert] = 1.0
+            part, place = divmod(expert, self._width)
+            used[first + part][place] = 1.0
         components.move(layer, experts)
         np.multiply(components.now, self._map_weight, out=self._map_mix)
-        return np.maximum(np.dot(self._mix, self._stack_rows[layer], out=self._row), _LEAST, out=self._row)
+        for stack, row in self._layers[layer]:
+            np.dot(self._mix, stack, out=row)
+        return np.maximum(self._row, _LEAST, out=self._row)
 
     def prompt(self, layer: int, counts: Int[np.ndarray, "E"], rows: int) -> None:
         """Prompts of `rows` tokens used each expert so often: the frequencies follow as they would in so many steps."""
         rate = np.maximum(1 - _DECAYS**rows, np.float32(rows / (self._seen + rows)))[:, None]
-        frequencies = self._frequencies[layer]
-        frequencies += rate * (counts.astype(np.float32) / np.float32(rows) - frequencies)
+        frequencies = self._frequencies[layer * self._parts : (layer + 1) * self._parts]
+        shares = counts.reshape(-1, 1, self._width).astype(np.float32) / np.float32(rows)
+        frequencies += rate * (shares - frequencies)
         if layer == self._shape[0] - 1:
             self._seen += rows
             self._prepare()
-            np.maximum(np.matmul(self._mix, self._stack), _LEAST, out=self.values)
+            self.values = np.maximum(np.matmul(self._mix, self._stack), _LEAST).reshape(self._shape)
 
     def end_step(self, life: float) -> None:
         """Every layer has routed: value every key by all that is known, and learn from what the step used."""
         self._seen += 1
         self._steps += 1
-        decays, used = len(_DECAYS), self._used.flatten()
-        self._frequencies += self._rate[:, None] * (self._used[:, None] - self._frequencies)
-        table = np.empty((decays + 2, *self._shape), np.float32)
-        table[:decays] = self._frequencies.transpose(1, 0, 2)
-        np.matmul(self._components.now, self._map, out=table[decays])
-        table[-1] = 1
-        features = table.reshape(decays + 2, -1)
-        values = self._weights @ features
+        decays, used = len(_DECAYS), self._used.copy()
+        self._frequencies += self._rate[:, None] * (used[:, None] - self._frequencies)
+        features = np.empty((len(used), decays + 2, self._width), np.float32)
+        features[:, :decays] = self._frequencies
+        features[:, decays] = np.matmul(self._components.now, self._map)
+        features[:, -1] = 1
+        values = np.matmul(self._weights, features)
         np.maximum(values, _LEAST, out=values)
         self.values = values.reshape(self._shape)
         if self._before is not None:
             target = np.maximum(np.minimum(values, 1), used)
             target *= np.float32(math.exp(-1 / life))
             self._fit_weights(self._before[0], target)
-            self._note(*self._before, target, used - features[decays - 1])
+            self._note(*self._before, target, used - features[:, decays - 1])
             if self._filled == _BLOCK:
                 self._fit_map()
         self._before = features, self._components.now.copy()
@@ -128,31 +136,29 @@ class UseValue:
 
     def _note(
         self,
-        features: Float32[np.ndarray, "n keys"],
+        features: Float32[np.ndarray, "C n W"],
         components: Float32[np.ndarray, "rank"],
-        target: Float32[np.ndarray, "keys"],
-        used: Float32[np.ndarray, "keys"],
+        target: Float32[np.ndarray, "C W"],
+        used: Float32[np.ndarray, "C W"],
     ) -> None:
         """Keep a step for the next fit of the map."""
         weights = self._weights.copy()
         weights[len(_DECAYS)] = 0
-        rest = (target - weights @ features).reshape(self._shape)
+        rest = (target - np.matmul(weights, features)).reshape(self._shape)
         rest -= rest.mean(1, keepdims=True)  # a layer's routes add up to the same every time
-        self._block_rest[:, self._filled] = rest.reshape(self._chunks, self._width)
-        self._block_used[:, self._filled] = used.reshape(self._chunks, self._width)
+        self._block_rest[:, self._filled] = rest.reshape(self._chunked)
+        self._block_used[:, self._filled] = used
         self._block_components[self._filled] = components
         self._filled += 1
 
-    def _fit_weights(self, features: Float32[np.ndarray, "n keys"], target: Float32[np.ndarray, "keys"]) -> None:
+    def _fit_weights(self, features: Float32[np.ndarray, "C n W"], target: Float32[np.ndarray, "C W"]) -> None:
         """The second stage; every other step is enough once there have been some."""
         steps = self._steps
         if steps > 2 * _BLOCK and steps % 2:
             return
         keep = 1 - 1 / min(_WEIGHT_STEPS, steps + 1)
-        self._gram *= keep
-        self._moment *= keep
-        self._gram += features @ features.T
-        self._moment += features @ target
+        self._gram = keep * self._gram + np.matmul(features, features.swapaxes(1, 2)).sum(axis=0)
+        self._moment = keep * self._moment + np.matmul(features, target[:, :, None]).sum(axis=0)[:, 0]
         if steps < _BLOCK or steps % 8 == 0:
             strength = self._prior_strength
             weights = np.linalg.solve(self._gram + np.diag(strength), self._moment + strength * self._prior)
@@ -160,7 +166,7 @@ class UseValue:
 
     def _fit_map(self) -> None:
         """The first stage, from the steps noted since the last fit and, fading, those before."""
-        steps, layers, self._filled = self._steps, self._shape[0], 0
+        steps, self._filled = self._steps, 0
         keep = 1 - min(_BLOCK / _MAP_STEPS, 0.5)
         components = self._block_components
         self._map_gram = keep * self._map_gram + components.T @ components
@@ -175,5 +181,4 @@ class UseValue:
         gram, rank = self._map_gram.astype(np.float64), len(self._map_gram)
         ridge = _MAP_PRIOR * np.trace(gram) / (rank * min(steps, _MAP_STEPS)) + 1e-6
         inverse = np.linalg.inv(gram + ridge * np.eye(rank)).astype(np.float32)
-        fitted = np.matmul(inverse, self._map_moment)
-        self._map[:] = fitted.reshape(layers, -1, rank, self._width).swapaxes(1, 2).reshape(layers, rank, -1)
+        self._map[:] = np.matmul(inverse, self._map_moment)
