@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int, Int32
 
+from ef_jax.memory.policies.base import most_used
 from ef_jax.memory.residency import Residency
 
 
@@ -36,7 +37,7 @@ def prompt_waves(
     Returns:
       The waves, and how many of the used experts were resident, and how many were not.
     """
-    used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+    used = most_used(counts)
     resident = residency.slot_of[layer].copy()
     missing = [expert for expert in used if resident[expert] < 0]
     seeded = residency.seed(layer, missing)

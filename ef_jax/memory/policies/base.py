@@ -15,6 +15,12 @@ from jaxtyping import Float32, Int
 Key = tuple[int, int]
 
 
+def most_used(counts: Int[np.ndarray, "E"]) -> list[int]:
+    """Experts that `counts` gives any uses, the most used first; of equals the first."""
+    used: list[int] = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+    return used
+
+
 class Policy(abc.ABC):
     """Says which resident keys give up their slots. The hooks do nothing unless a policy overrides them.
 

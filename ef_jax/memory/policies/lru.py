@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from ef_jax.memory.policies.base import Key, Policy
+from ef_jax.memory.policies.base import Key, Policy, most_used
 
 
 class Lru(Policy):
@@ -29,7 +29,7 @@ class Lru(Policy):
 
     def on_prompt(self, layer: int, counts: np.ndarray) -> None:
         order = self._order[layer]
-        for expert in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)][::-1].tolist():
+        for expert in reversed(most_used(counts)):
             if expert in order:  # from the least to the most used
                 self._clock += 1
                 order[expert] = self._clock

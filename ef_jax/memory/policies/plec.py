@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from ef_jax.memory.policies.base import Key
-from ef_jax.memory.policies.ranked import TIER, Ranked, Rows, predicted, views
+from ef_jax.memory.policies.ranked import TIER, Rows, predicted, views
+from ef_jax.memory.policies.recent import Recent
 
 
-class Plec(Ranked):
+class Plec(Recent):
     """Gives each layer a quota of slots by its need, after ExpertFlow-H's PLEC (arXiv:2410.17954).
 
     The least recently used keys of layers above their quota leave, those of the asking layer when it has used up its
@@ -33,15 +34,14 @@ class Plec(Ranked):
 
     def __init__(self, *, layers: int, experts: int, cache_slots: int) -> None:
         super().__init__(layers=layers, experts=experts, cache_slots=cache_slots)
-        self._last = np.zeros((layers, experts))
         self._frequency = np.zeros((layers, experts))
         self._mark = np.zeros((layers, experts))  # TIER: predicted and to come; -TIER: predicted and not used
-        self._last_of, self._frequency_of, self._mark_of = map(views, (self._last, self._frequency, self._mark))
+        self._frequency_of, self._mark_of = views(self._frequency), views(self._mark)
         self._excess = [0] * layers  # resident keys above the quota
         self._quotas = [0] * layers
         self._take(quotas(np.ones(layers), slots=cache_slots, most=experts))
         self._period = max(1, self.half_life // 8)  # steps between estimates of need, which change by half_life
-        self._steps = self._clock = self._before = 0
+        self._steps = 0
         self._running, self._predicting = -1, False
 
     def on_step(self, tokens: Sequence[int]) -> None:
@@ -63,14 +63,14 @@ class Plec(Ranked):
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         self._running = layer
-        last, frequency = self._last_of[layer], self._frequency_of[layer]
-        self._before = clock = self._clock
+        last, frequency = self.last_of[layer], self._frequency_of[layer]
+        self.before = clock = self.clock
         for row in rows:
             for expert in reversed(row):
                 clock += 1
                 last[expert] = clock
                 frequency[expert] += 1
-        self._clock = clock
+        self.clock = clock
         if self._predicting:
             mark = self._mark[layer]
             np.minimum(mark, -mark, out=mark)
@@ -79,14 +79,10 @@ class Plec(Ranked):
 
     def on_prompt(self, layer: int, counts: Int[np.ndarray, "E"]) -> None:
         self._frequency[layer] += counts
-        used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-        self._last[layer, used[::-1]] = self._clock + 1 + np.arange(len(used))  # the most used the latest
-        self._clock += len(used)
+        super().on_prompt(layer, counts)
 
     def on_enter(self, layer: int, expert: int) -> None:
         super().on_enter(layer, expert)
-        if self._last_of[layer][expert] < self._before:  # it was not asked for: as recent as the layer before
-            self._last_of[layer][expert] = self._before
         self._excess[layer] += 1
 
     def on_evict(self, layer: int, expert: int) -> None:
@@ -108,8 +104,8 @@ class Plec(Ranked):
 
     def rank(self, layers: Rows) -> Float64[np.ndarray, "N E"]:
         if self._predicting:
-            return self._last[layers] + self._mark[layers]
-        return self._last[layers].copy()
+            return self.last[layers] + self._mark[layers]
+        return self.last[layers].copy()
 
 
 def quotas(need: Float64[np.ndarray, "L"], *, slots: int, most: int) -> list[int]:

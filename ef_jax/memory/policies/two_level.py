@@ -4,12 +4,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64
 
-from ef_jax.memory.policies.ranked import TIER, Ranked, Rows, predicted, views
+from ef_jax.memory.policies.ranked import TIER, Rows, predicted, views
+from ef_jax.memory.policies.recent import Recent
 
 
-class TwoLevel(Ranked):
+class TwoLevel(Recent):
     """Evicts the least recently used key of a low list, then of a high one, after ExpertFlow-S (arXiv:2510.26730).
 
     A key is in the high list for one of two reasons. It is predicted for one of the next `window` layers; it goes back
@@ -31,14 +32,12 @@ class TwoLevel(Ranked):
 
     def __init__(self, *, layers: int, experts: int, cache_slots: int) -> None:
         super().__init__(layers=layers, experts=experts, cache_slots=cache_slots)
-        self._last = np.zeros((layers, experts))
         self._reused = np.zeros((layers, experts))  # TIER or 0
         self._ahead = np.zeros((layers, experts))  # likewise
-        self._last_of, self._reused_of = views(self._last), views(self._reused)
+        self._reused_of = views(self._reused)
         self._held: list[set[int]] = [set() for _ in range(layers)]
         self._high: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(layers)]
         self._named: Float64[np.ndarray, "L E"] | None = None
-        self._clock = self._before = 0
 
     def on_step(self, tokens: Sequence[int]) -> None:
         if self._named is not None:
@@ -51,8 +50,8 @@ class TwoLevel(Ranked):
         self._ahead[: self.window] = self._named[: self.window]
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        self._before = clock = self._clock
-        last = self._last_of[layer]
+        self.before = clock = self.clock
+        last = self.last_of[layer]
         held, high = self._held[layer], self._high[layer]
         for row in rows:
             for expert in reversed(row):
@@ -63,21 +62,14 @@ class TwoLevel(Ranked):
                         high.move_to_end(expert)
                     else:
                         self._promote(layer, expert)
-        self._clock = clock
+        self.clock = clock
         if self._named is not None:
             self._ahead[layer] = 0
             entering = slice(layer + 1, layer + 1 + self.window)
             self._ahead[entering] = self._named[entering]
 
-    def on_prompt(self, layer: int, counts: Int[np.ndarray, "E"]) -> None:
-        used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-        self._last[layer, used[::-1]] = self._clock + 1 + np.arange(len(used))  # the most used the latest
-        self._clock += len(used)
-
     def on_enter(self, layer: int, expert: int) -> None:
         super().on_enter(layer, expert)
-        if self._last_of[layer][expert] < self._before:  # it was not asked for: as recent as the layer before
-            self._last_of[layer][expert] = self._before
         self._held[layer].add(expert)
 
     def on_evict(self, layer: int, expert: int) -> None:
@@ -88,8 +80,8 @@ class TwoLevel(Ranked):
 
     def rank(self, layers: Rows) -> Float64[np.ndarray, "N E"]:
         if self._named is None:
-            return self._last[layers] + self._reused[layers]
-        return self._last[layers] + np.maximum(self._reused[layers], self._ahead[layers])
+            return self.last[layers] + self._reused[layers]
+        return self.last[layers] + np.maximum(self._reused[layers], self._ahead[layers])
 
     def _promote(self, layer: int, expert: int) -> None:
         high, reused = self._high[layer], self._reused_of[layer]
