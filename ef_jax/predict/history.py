@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 
 class History:
@@ -29,27 +29,32 @@ class History:
         self._products = np.zeros((layers, 1), np.float32)
         self._squares = np.full((layers, 1), 1e-6, np.float32)
         self._rho = np.zeros((layers, 1), np.float32)
-        self._scores = np.zeros((layers, experts), np.float32)
+        self._unused = np.zeros((layers, experts), np.float32)  # what is predicted for what a step did not use
+        self._scores = np.zeros((2 * layers, experts), np.float32)  # of this step, and below it of the next
+        self._this, self._next = self._scores[:layers], self._scores[layers:]
 
     def on_step(self, tokens: Sequence[int]) -> None:
         if self._now.any():
             self._learn()
-        self._scores = self._frequency + self._rho * (self._last - self._frequency)
+        trust = self._rho * self._last
+        np.add(self._unused, trust, out=self._this)
+        np.add(self._unused, self._rho * trust, out=self._next)  # until the layer has run
+
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+        pass
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         used = rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
         self._now[layer, used] = 1
+        following, unused = self._next[layer], self._unused[layer]
+        following[:] = unused
+        following[used] = unused[used] + self._rho[layer]
 
-    def predict(self, layer: int, distance: int) -> Float32[np.ndarray, "E"]:
-        target = layer + distance
-        if target < len(self._scores):
-            return self._scores[target]
-        target -= len(self._scores)
-        frequency = self._frequency[target]
-        return frequency + self._rho[target] * (self._now[target] - frequency)
+    def ahead(self, layer: int, horizon: int) -> Float32[np.ndarray, "horizon E"]:
+        return self._scores[layer + 1 : layer + 1 + horizon]
 
     def step_scores(self) -> Float32[np.ndarray, "L E"]:
-        return self._scores
+        return self._this
 
     def _learn(self) -> None:
         """Take the uses of a whole step into the statistics."""
@@ -60,5 +65,6 @@ class History:
         self._squares += rate * ((before * before).mean(axis=1, keepdims=True) - self._squares)
         self._rho = np.clip(self._products / np.maximum(self._squares, 1e-6), 0, 1, dtype=np.float32)
         self._frequency += rate * deviation
+        np.multiply(self._frequency, 1 - self._rho, out=self._unused)
         self._last, self._now = self._now, self._last
         self._now[:] = 0

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 
 @runtime_checkable
 class Predictor(Protocol):
     """Says which experts coming layers will use. Called in the order of the decode steps, a few microseconds a layer.
+
+    Within a layer `on_ahead` comes first, where there are bins, then `on_route`, then `ahead`. A layer whose experts
+    are all resident may tell its rows only at the end of the step.
 
     Probabilities are of use by any of the active sequences. What is wrong in them costs time, never a result.
     """
@@ -18,16 +21,29 @@ class Predictor(Protocol):
         """A decode step begins; `tokens` are the ids that the active sequences take in, in batch order."""
         ...
 
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+        """What the residual stream at the router of `layer` says of the layers from `layer` on.
+
+        Args:
+          layer: MoE layer that runs; -1 for the embeddings of the tokens, at the start of a step.
+          bins: row d is about layer `layer + d`, as `log_odds.to_bins` gives it; row 0 of layer -1 and rows past the
+            last layer mean nothing.
+        """
+        ...
+
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         """The router of `layer` chose the experts `rows[b]` for the b-th active sequence."""
         ...
 
-    def predict(self, layer: int, distance: int) -> Float32[np.ndarray, "E"]:
-        """How likely each expert of layer `layer + distance` is to be used, after `on_route` of `layer`.
+    def ahead(self, layer: int, horizon: int) -> Float32[np.ndarray, "horizon E"]:
+        """How likely each expert of the layers `layer + 1` to `layer + horizon` is to be used.
 
         Args:
-          layer: MoE layer that runs.
-          distance: 1 to L; past the last layer comes the first, of the next step.
+          layer: MoE layer that runs, after its `on_route`; -1 before layer 0.
+          horizon: 1 to L; past the last layer come the first ones, of the next step.
+
+        Returns:
+          Row d - 1 is of layer `layer + d`. It may be a view that holds until the next call.
         """
         ...
 

@@ -62,12 +62,13 @@ class Prefetcher(Generic[Blocks]):
         keys: list[Key] = []
         slots: list[int] = []
         closed: list[int] = []
+        ahead = self._predictor.ahead(layer, self.horizon)
         for distance in range(1, self.horizon + 1):
             if len(keys) >= room:
                 break
             closed.append((layer + distance - 1) % layers)
             target = (layer + distance) % layers
-            scores = self._predictor.predict(layer, distance)
+            scores = ahead[distance - 1]
             likely = scores >= self.threshold
             absent = (likely & (residency.slot_of[target] < 0)).nonzero()[0]
             if not absent.size:

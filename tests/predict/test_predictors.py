@@ -24,10 +24,9 @@ def test_the_oracle_tells_this_step_and_the_next():
     for now, following in zip(STEPS, [*STEPS[1:], None], strict=True):
         oracle.on_step([5])
         np.testing.assert_array_equal(oracle.step_scores(), used(now))
-        np.testing.assert_array_equal(oracle.predict(0, 1), used(now)[1])
-        for distance in (1, 2):
-            expected = used(following)[distance - 1] if following else np.zeros(4)
-            np.testing.assert_array_equal(oracle.predict(1, distance), expected)
+        np.testing.assert_array_equal(oracle.ahead(0, 1), used(now)[1:])
+        np.testing.assert_array_equal(oracle.ahead(-1, 2), used(now))
+        np.testing.assert_array_equal(oracle.ahead(1, 2), used(following) if following else np.zeros((2, 4)))
 
 
 def test_the_oracle_tells_all_sequences_of_a_batch():
@@ -106,5 +105,5 @@ def test_history_looks_past_the_last_layer_into_the_next_step():
         history.on_step([0])
         history.on_route(0, [[0, 1], [1, 2]])
         history.on_route(1, [[3]])
-    assert history.predict(0, 1).tolist() == history.step_scores()[1].tolist()
-    np.testing.assert_allclose(history.predict(1, 1), [1, 1, 1, 0], atol=0.1)
+    assert history.ahead(0, 1).tolist() == history.step_scores()[1:].tolist()
+    np.testing.assert_allclose(history.ahead(1, 2), [[1, 1, 1, 0], [0, 0, 0, 1]], atol=0.1)

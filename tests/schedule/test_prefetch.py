@@ -28,11 +28,14 @@ class Told:
     def on_step(self, tokens):
         self.heard.append(("step", tokens))
 
+    def on_ahead(self, layer, bins):
+        self.heard.append((layer, "ahead"))
+
     def on_route(self, layer, rows):
         self.heard.append((layer, rows))
 
-    def predict(self, layer, distance):
-        return self.scores[(layer + distance) % len(self.scores)]
+    def ahead(self, layer, horizon):
+        return self.scores[np.arange(layer + 1, layer + 1 + horizon) % len(self.scores)]
 
     def step_scores(self):
         return self.scores
