@@ -11,8 +11,9 @@ from ef_jax.cli import options as common
 from ef_jax.cli.model_run import add_run_options, load_run
 from ef_jax.cli.prompts import read_prompts
 from ef_jax.memory.sizes import format_bytes
+from ef_jax.new_file import check_new_file
 from ef_jax.replay.trace import PROMPT, RoutingTrace
-from ef_jax.replay.trace_file import check_new_file, load_trace
+from ef_jax.replay.trace_file import load_trace
 
 _DESCRIPTION = """Continue prompts as `ef-jax generate` does, and record which experts every token used in every
 layer, for `ef-jax replay`. A file that exists is not overwritten. With --import no model runs: a recording made

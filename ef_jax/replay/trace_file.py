@@ -23,7 +23,6 @@ half a second for 13 million of them.
 """
 
 import os
-import secrets
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from ef_jax.errors import InputError
+from ef_jax.new_file import new_file
 from ef_jax.replay.trace import DECODE, RoutingTrace
 from ef_jax.replay.trace_checks import MAX_EXPERTS
 
@@ -45,32 +45,12 @@ _DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, M
 _MAX_INT64 = 2**63 - 1
 
 
-def check_new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Refuse a file that exists, unless it may be overwritten, or whose directory does not.
-
-    Raises:
-      InputError: it cannot be used.
-    """
-    path = Path(path)
-    try:
-        if not path.name or path.is_dir():
-            raise InputError(f"{str(path)!r} is a directory: give the name of a file")
-        if not path.parent.is_dir():
-            raise InputError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
-        if not overwrite and os.path.lexists(path):
-            raise InputError(f"{str(path)!r} exists: remove it or choose another name")
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r:.200}: {error.strerror}") from None
-
-
 def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a trace to `path`, which appears whole or not at all.
 
     Raises:
       InputError: the file exists and `overwrite` is not given, or it cannot be written.
     """
-    path = Path(path)
-    check_new_file(path, overwrite=overwrite)
     arrays: dict[str, Any] = {"format": FORMAT, "version": np.int64(VERSION), "model": trace.model}
     arrays |= {name: getattr(trace, name) for name in ("experts", "tokens", "offsets", "phases")}
     arrays["num_experts"] = np.int64(trace.num_experts)
@@ -79,16 +59,8 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, overwrite: 
     for name in ("passes", "weights", "pregate"):
         if (array := getattr(trace, name)) is not None:
             arrays[name] = array
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                np.savez_compressed(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r:.200}: {error.strerror or error}") from None
+    with new_file(path, overwrite=overwrite) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ef_jax.errors import InputError
+from ef_jax.new_file import check_new_file
 from ef_jax.replay.trace import DECODE, PROMPT, Pass, RoutingTrace
-from ef_jax.replay.trace_file import check_new_file
 
 L, E, K = 2, 5, 3
 
