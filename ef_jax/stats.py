@@ -38,6 +38,9 @@ class Stats:
     A late hit is one whose block was on its way and had to be waited for. `bytes_wasted` are those of blocks that were
     prefetched and left their slots unused. Replays on a simulated link count virtual seconds, waiting of every kind as
     `stall_seconds`, and how long the link was busy; the engine leaves `link_busy_seconds` at 0.
+
+    `horizon` says how far ahead each layer is prefetched for and why, `recall` how good the predictions were, both as
+    of the end of the last run; None where nothing is prefetched or predicted.
     """
 
     layers: int
@@ -47,6 +50,8 @@ class Stats:
     prefill: PhaseStats
     decode: PhaseStats
     peak_device_bytes: int = 0
+    horizon: dict[str, Any] | None = None
+    recall: dict[str, Any] | None = None
 
     @classmethod
     def empty(cls, *, layers: int, experts: int, slots: int, staging_slots: int) -> "Stats":
@@ -61,9 +66,10 @@ class Stats:
         )
 
     def reset(self) -> None:
-        """Back to zero, the peak included."""
+        """Back to zero, the peak and the reports included."""
         self.prefill, self.decode = PhaseStats.empty(self.layers), PhaseStats.empty(self.layers)
         self.peak_device_bytes = 0
+        self.horizon = self.recall = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,6 +104,8 @@ class Stats:
             "staging_slots": self.staging_slots,
             "experts": self.experts,
             **{f"{name}_by_layer": values for name, values in by_layer.items()},
+            "horizon": self.horizon,
+            "recall": self.recall,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
         }

@@ -102,6 +102,11 @@ def is_huggingface(path: Path) -> bool:
         return False
 
 
+def prefetch(text: str) -> int | str:
+    """Parses "auto", "off" or a whole number of layers."""
+    return text if text in ("auto", "off") else whole_number(0)(text)
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """Parses a whole number from `least` to 2^31 - 1."""
 

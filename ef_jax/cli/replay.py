@@ -58,7 +58,7 @@ def run(words: Sequence[str]) -> None:
         links=_links(options, block_bytes),
         layer_seconds=options.layer_time,
         predictor=options.predictor,
-        horizon=options.horizon,
+        prefetch=options.prefetch,
     )
     results = sweep(trace, list(dict.fromkeys(capacities)), policies, settings, jobs=options.jobs, progress=None)
     first = results[: len(results) // max(len(settings.links), 1)]
@@ -81,8 +81,8 @@ def _links(options: argparse.Namespace, block_bytes: int | None) -> tuple[LinkMo
             "--bandwidth needs the bytes of an expert's block, which the trace does not have: give --block-bytes"
         )
     if not bandwidths:
-        for name in ("latency", "block_overhead", "layer_time", "horizon"):
-            if getattr(options, name):
+        for name in ("latency", "block_overhead", "layer_time", "prefetch"):
+            if getattr(options, name) not in (0, "off"):
                 raise InputError(f"--{name.replace('_', '-')} needs a link: give --bandwidth, for example 25GB/s")
     return tuple(
         LinkModel(bandwidth=bandwidth, latency=options.latency, block_overhead=options.block_overhead)
@@ -214,7 +214,7 @@ def build_parser() -> console.Parser:
         "--block-bytes", type=_as_option(parse_bytes), metavar="SIZE", help="of one expert (default: as the trace says)"
     )
     link.add_argument(
-        "--horizon", type=common.whole_number(0), default=0, metavar="N", help="layers to prefetch ahead (default: 0)"
+        "--prefetch", type=common.prefetch, default="off", metavar="N", help="layers ahead, or auto (default: off)"
     )
     link.add_argument(
         "--predictor", choices=PREDICTORS, default="none", help="what prefetching goes by; policies hear it too"

@@ -71,6 +71,10 @@ class Residency:
         """Every expert of every layer is in a slot, so nothing can miss."""
         return len(self._free) + self.layers * self.experts == self.cache_slots and not self._in_flight
 
+    def has_all(self, layer: int) -> bool:
+        """Every expert of `layer` is in a slot."""
+        return self.count[layer] == self.experts and bool((self.slot_of[layer] >= 0).all())
+
     @property
     def key_of(self) -> list[Key | None]:
         """The key that each cache slot holds or waits for; None where free."""
@@ -126,6 +130,14 @@ class Residency:
         if len(staged) > self.staging_slots:
             raise ValueError(f"{len(staged)} experts must pass through {self.staging_slots} staging slots at once")
         return Admission(hits, late, missing, missing_slots, staged)
+
+    def note(self, layer: int, rows: Sequence[Sequence[int]]) -> int:
+        """A decode step used the experts `rows` of a layer, all of them resident; returns how many distinct ones."""
+        self.policy.on_route(layer, rows)
+        needed = set(itertools.chain.from_iterable(rows))
+        if self._unused:
+            self._unused.difference_update([(layer, expert) for expert in needed])
+        return len(needed)
 
     def slot_row(self, layer: int, admission: Admission) -> Int32[np.ndarray, "E"]:
         """Slots of the experts of `layer` for the step that `admission` is of; -1: not there."""

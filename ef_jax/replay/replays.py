@@ -18,6 +18,7 @@ from ef_jax.replay.simulator import simulate
 from ef_jax.replay.stall_bound import StallBound, stall_bound
 from ef_jax.replay.trace import Pass, RoutingTrace
 from ef_jax.replay.window_loads import WindowLoads, window_loads
+from ef_jax.schedule.scheduler import Prefetch
 from ef_jax.stats import PhaseStats
 
 BOUNDS = ("belady", "belady_bypass")
@@ -36,7 +37,7 @@ class SweepSettings:
       links: the links to replay over; none: only hits and misses are counted.
       layer_seconds: compute time of one layer of a step.
       predictor: a name of `simulator.PREDICTORS`.
-      horizon: layers ahead that are prefetched for.
+      prefetch: as for `Scheduler`.
     """
 
     batch: int | None = None
@@ -45,7 +46,7 @@ class SweepSettings:
     links: tuple[LinkModel, ...] = ()
     layer_seconds: float = 0.0
     predictor: str = "none"
-    horizon: int = 0
+    prefetch: Prefetch = "off"
 
 
 class Task(NamedTuple):
@@ -124,7 +125,7 @@ class Replays:
             link=task.link,
             compute_seconds=settings.layer_seconds,
             predictor=settings.predictor,
-            horizon=settings.horizon,
+            prefetch=settings.prefetch,
             on_pass=on_pass,
         )
         return stats.decode

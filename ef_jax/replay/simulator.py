@@ -14,7 +14,7 @@ from ef_jax.predict import History, Oracle, Predictor
 from ef_jax.replay.simulated_link import FreeLink, LinkModel, SimulatedLink
 from ef_jax.replay.trace import Pass, RoutingTrace
 from ef_jax.replay.virtual_clock import VirtualClock
-from ef_jax.schedule.scheduler import Scheduler
+from ef_jax.schedule.scheduler import Prefetch, Scheduler
 from ef_jax.stats import Stats
 
 PREDICTORS = ("none", "history", "oracle")
@@ -33,8 +33,8 @@ def simulate(
     compute_seconds: float | Sequence[float] = 0.0,
     prompt_seconds: float | Sequence[float] = 0.0,
     predictor: str | Predictor = "none",
-    horizon: int = 0,
-    threshold: float = 0.5,
+    prefetch: Prefetch = "off",
+    candidates: str = "value",
     on_pass: Callable[[Pass, Residency], None] | None = None,
 ) -> Stats:
     """What an engine with `slots` cache slots would have counted had it run the passes of a trace.
@@ -54,8 +54,8 @@ def simulate(
         layer; see `compute_seconds_per_layer`.
       prompt_seconds: the same in a prompt's chunk; the waves of a layer share them by their rows.
       predictor: a name of `PREDICTORS`, or an object.
-      horizon: layers ahead that are prefetched for; needs a predictor and a link.
-      threshold: the least probability of use that is worth a prefetch.
+      prefetch: as for `Scheduler`; anything but "off" needs a predictor and a link.
+      candidates: as for `Scheduler`.
       on_pass: called after each pass that is counted.
 
     Raises:
@@ -75,8 +75,8 @@ def simulate(
         compute_seconds=compute_seconds,
         prompt_seconds=prompt_seconds,
         predictor=make_predictor(predictor, parts, batch=batch) if isinstance(predictor, str) else predictor,
-        horizon=horizon,
-        threshold=threshold,
+        prefetch=prefetch,
+        candidates=candidates,
     )
     made = replay.residency.policy
     if fit and policy == "static" and isinstance(made, Static):
@@ -141,8 +141,8 @@ class Replay:
         compute_seconds: float | Sequence[float] = 0.0,
         prompt_seconds: float | Sequence[float] = 0.0,
         predictor: Predictor | None = None,
-        horizon: int = 0,
-        threshold: float = 0.5,
+        prefetch: Prefetch = "off",
+        candidates: str = "value",
     ) -> None:
         if not 1 <= slots <= layers * experts:
             raise InputError(f"{slots} slots: give 1 to {layers * experts}, the number of experts")
@@ -161,8 +161,8 @@ class Replay:
             if not block_bytes:
                 raise InputError("the trace does not say how large an expert's block is: give block_bytes")
             self._link = SimulatedLink(link, self._clock, block_bytes=block_bytes)
-        elif horizon:
-            raise InputError(f"horizon {horizon} needs a link: give its bandwidth, or horizon 0")
+        elif prefetch not in ("off", 0):
+            raise InputError(f"prefetch {prefetch!r} needs a link: give its bandwidth, or prefetch off")
         self.stats = Stats.empty(layers=layers, experts=layers * experts, slots=slots, staging_slots=staging_slots)
         self.residency = Residency(
             layers=layers, experts=experts, cache_slots=slots, staging_slots=staging_slots, policy=policy
@@ -177,8 +177,9 @@ class Replay:
             block_bytes=block_bytes or 0,
             wave_size=experts,
             predictor=predictor,
-            horizon=horizon,
-            threshold=threshold,
+            prefetch=prefetch,
+            candidates=candidates,
+            now=lambda: self._clock.now,
         )
 
     def run(self, step: Pass) -> None:

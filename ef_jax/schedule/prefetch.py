@@ -24,7 +24,8 @@ class Prefetcher(Generic[Blocks]):
       link: copies blocks.
       predictor: how likely each expert is to be used.
       horizon: layers ahead that are planned for, 1 to L; past the last layer comes the first, of the next token.
-      threshold: the least probability of use that is worth a copy.
+      threshold: the least probability of use that is worth a copy. Above one half, a copy is used more often than
+        not.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Prefetcher(Generic[Blocks]):
         predictor: Predictor,
         *,
         horizon: int,
-        threshold: float,
+        threshold: float = 0.5,
     ) -> None:
         self._residency, self._link, self._predictor = residency, link, predictor
         self.horizon, self.threshold = horizon, threshold

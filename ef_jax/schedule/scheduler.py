@@ -1,10 +1,11 @@
 """When blocks move: demand copies, prefetches, waves of prompts. One object for the engine and for replays."""
 
-from collections.abc import Iterator, Sequence
-from typing import Generic
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from ef_jax.errors import InputError
 from ef_jax.memory.residency import Admission, Residency
@@ -14,9 +15,17 @@ from ef_jax.schedule.prefetch import Prefetcher
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
 from ef_jax.stats import Stats
 
+Prefetch = int | Literal["auto", "off"]
+
 
 class Scheduler(Generic[Blocks]):
     """Has the experts that a layer needs in slots, and counts what that took.
+
+    A step is `begin_step`, then for each layer `ask` and `complete`, or `serve`, which is both. A layer that
+    `cannot_miss` needs neither: its routing can be told later, by `note`.
+
+    Nothing that a predictor does can change a token. One that raises or that gives scores which are no numbers is not
+    asked again: prefetching is off from there on, and `stats.horizon` says why.
 
     Args:
       residency: which block is where.
@@ -25,9 +34,11 @@ class Scheduler(Generic[Blocks]):
       block_bytes: bytes of one expert block.
       wave_size: blocks of a prompt that enter cache slots together, where there is no staging ring.
       predictor: says which experts come next, to the policy and for prefetches; None: neither.
-      horizon: layers ahead that are prefetched for; 0: only what is needed is copied.
-      threshold: the least probability of use that is worth a prefetch. Above one half, a copy is used more often
-        than not.
+      prefetch: layers ahead that are prefetched for. "auto": as measurements say. "off" or 0: only what is needed is
+        copied.
+      candidates: the rule by which blocks are chosen, see `Prefetcher`.
+      timeline: hears of stalls and of the horizon.
+      now: the clock of the timeline, in seconds.
 
     Raises:
       InputError: a horizon without a predictor, beyond the number of layers, or over a link that cannot prefetch.
@@ -42,54 +53,121 @@ class Scheduler(Generic[Blocks]):
         block_bytes: int,
         wave_size: int,
         predictor: Predictor | None = None,
-        horizon: int = 0,
-        threshold: float = 0.5,
+        prefetch: Prefetch = "off",
+        candidates: str = "value",
+        timeline: object | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
         self._block_bytes, self._wave_size = block_bytes, wave_size
         self._predictor = predictor
-        self._ahead: Prefetcher[Blocks] | None = None
+        self._prefetcher: Prefetcher[Blocks] | None = None
         self._prefetches = self._wasted = 0
-        if not 0 <= horizon <= residency.layers:
-            raise InputError(f"horizon {horizon}: give 0 to {residency.layers}, the number of MoE layers")
-        if horizon:
-            if predictor is None:
-                raise InputError(f"horizon {horizon} needs a predictor: name one, or give horizon 0")
-            if not isinstance(link, PrefetchLink):
-                raise InputError(
-                    f"horizon {horizon} needs a link that can prefetch, which {type(link).__name__} cannot"
-                )
-            self._ahead = Prefetcher(residency, link, predictor, horizon=horizon, threshold=threshold)
+        self._pending: Blocks | None = None
+        self._layer = -1
+        if prefetch in ("off", 0):
+            return
+        if prefetch != "auto" and not (isinstance(prefetch, int) and 0 <= prefetch <= residency.layers):
+            raise InputError(
+                f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {residency.layers}, the number of '
+                "MoE layers"
+            )
+        if predictor is None:
+            raise InputError(f"prefetch {prefetch!r} needs a predictor: name one, or give prefetch off")
+        if not isinstance(link, PrefetchLink):
+            raise InputError(
+                f"prefetch {prefetch!r} needs a link that can prefetch, which {type(link).__name__} cannot"
+            )
+        horizon = 4 if prefetch == "auto" else prefetch
+        self._prefetcher = Prefetcher(residency, link, predictor, horizon=min(horizon, residency.layers))
 
-    def begin_step(self, tokens: Sequence[int]) -> None:
-        """A decode step begins; `tokens` are the ids that the active sequences take in, in batch order."""
+    def begin_step(
+        self,
+        tokens: Sequence[int],
+        ahead: UInt8[np.ndarray, "distances E"] | None = None,
+        *,
+        diversity: float | None = None,
+    ) -> None:
+        """A decode step begins.
+
+        Args:
+          tokens: the ids that the active sequences take in, in batch order.
+          ahead: what the pre-gate sees from the embeddings of these tokens, see `Predictor.on_ahead`.
+          diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
+        """
         policy, predictor = self.residency.policy, self._predictor
         policy.on_step(tokens)
         if predictor is not None:
             predictor.on_step(tokens)
+            if ahead is not None:
+                predictor.on_ahead(-1, ahead)
             if policy.wants_predictions:
                 policy.on_predict(predictor.step_scores())
 
-    def serve(self, layer: int, rows: Sequence[Sequence[int]]) -> Admission:
-        """Have the experts of one layer of a decode step in slots.
+    def cannot_miss(self, layer: int) -> bool:
+        """Every expert of `layer` is in a slot, so a step need not wait to hear which it uses."""
+        return self.residency.has_all(layer)
+
+    def note(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        """A layer that could not miss chose the experts `rows`; told any time before the next step begins."""
+        self.stats.decode.hits[layer] += self.residency.note(layer, rows)
+        if self._predictor is not None:
+            self._predictor.on_route(layer, rows)
+
+    def serve(
+        self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None = None
+    ) -> Admission:
+        """Have the experts of one layer of a decode step in slots: `ask`, then `complete`."""
+        admission = self.ask(layer, rows, ahead)
+        self.complete(admission)
+        return admission
+
+    def ask(
+        self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None = None
+    ) -> Admission:
+        """Start what one layer of a decode step needs, and after it the prefetches for coming layers; never waits.
 
         Args:
           layer: MoE layer.
           rows: the experts of each active sequence, in batch order and in the router's order.
+          ahead: what the pre-gate sees from this layer, see `Predictor.on_ahead`.
+
+        Returns:
+          Where the experts are, or will be after `complete`, which has to follow before the next `ask`.
         """
-        if self._predictor is not None:
-            return self._serve_predicted(layer, rows, self._predictor)
+        link, prefetcher, predictor = self.link, self._prefetcher, self._predictor
+        self._layer = layer
+        if prefetcher is not None:
+            prefetcher.gate()
+            self._count_prefetches(prefetcher.begun)
         admission = self.residency.admit(layer, rows)
+        if predictor is not None:
+            if ahead is not None:
+                predictor.on_ahead(layer, ahead)
+            predictor.on_route(layer, rows)
         phase = self.stats.decode
         phase.hits[layer] += admission.hits
         if missing := admission.missing:
-            link = self.link
             spent = link.seconds
-            link.finish(link.start(layer, missing), admission.missing_slots)
+            self._pending = link.start(layer, missing)
+            phase.stall_seconds += link.seconds - spent
             phase.misses[layer] += len(missing)
             phase.bytes_demand += len(missing) * self._block_bytes
-            phase.stall_seconds += link.seconds - spent
+        if prefetcher is not None:
+            prefetcher.plan(layer, rows)
+            phase.late_hits[layer] += len(admission.late)
         return admission
+
+    def complete(self, admission: Admission) -> None:
+        """Wait until all that the last `ask` answered is in its slots."""
+        link = self.link
+        spent = link.seconds
+        if admission.late and self._prefetcher is not None:
+            self._prefetcher.wait(self._layer, admission.late)
+        if self._pending is not None:
+            link.finish(self._pending, admission.missing_slots)
+            self._pending = None
+        self.stats.decode.stall_seconds += link.seconds - spent
 
     def serve_prompt(self, layer: int, counts: Int[np.ndarray, "E"]) -> Iterator[Wave]:
         """Waves of one layer of a prompt's chunk, each given out once its blocks are in their slots.
@@ -102,9 +180,9 @@ class Scheduler(Generic[Blocks]):
         """
         residency, link, phase = self.residency, self.link, self.stats.prefill
         spent = link.seconds
-        if self._ahead is not None:
-            self._ahead.drain()
-            self._count_prefetches(self._ahead.begun)
+        if self._prefetcher is not None:
+            self._prefetcher.drain()
+            self._count_prefetches(self._prefetcher.begun)
         waves, hits, misses = prompt_waves(residency, layer, counts, wave_size=self._wave_size)
         phase.hits[layer] += hits
         phase.misses[layer] += misses
@@ -121,33 +199,9 @@ class Scheduler(Generic[Blocks]):
 
     def end_run(self) -> None:
         """No step follows for now: what is queued will not be fetched."""
-        if self._ahead is not None:
-            self._ahead.gate()
-            self._count_prefetches(self._ahead.begun)
-
-    def _serve_predicted(self, layer: int, rows: Sequence[Sequence[int]], predictor: Predictor) -> Admission:
-        """`serve`, with prefetches started between the start of the demand copies and the wait for them."""
-        link, ahead, phase = self.link, self._ahead, self.stats.decode
-        spent = link.seconds
-        if ahead is not None:
-            ahead.gate()
-            self._count_prefetches(ahead.begun)
-        admission = self.residency.admit(layer, rows)
-        missing, late = admission.missing, admission.late
-        predictor.on_route(layer, rows)
-        blocks = link.start(layer, missing)
-        if ahead is not None:
-            ahead.plan(layer, rows)
-            if late:
-                ahead.wait(layer, late)
-        if missing:
-            link.finish(blocks, admission.missing_slots)
-        phase.hits[layer] += admission.hits
-        phase.late_hits[layer] += len(late)
-        phase.misses[layer] += len(missing)
-        phase.bytes_demand += len(missing) * self._block_bytes
-        phase.stall_seconds += link.seconds - spent
-        return admission
+        if self._prefetcher is not None:
+            self._prefetcher.gate()
+            self._count_prefetches(self._prefetcher.begun)
 
     def _count_prefetches(self, begun: int) -> None:
         """`begun` prefetches have begun in all. Those, and those that left their slots unused, since last asked."""

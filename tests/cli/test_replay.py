@@ -81,7 +81,7 @@ def test_uniform_routing_and_too_few_slots_are_pointed_out(traces: Path, capsys:
 
 def test_the_table_has_columns_of_the_link(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["replay", str(traces / "own.npz"), "--policy", "lru,belady", "--capacity", "0.5,1", "--jobs", "1"]
-    assert main([*words, *LINK, "--predictor", "oracle", "--horizon", "1"]) == 0
+    assert main([*words, *LINK, "--predictor", "oracle", "--prefetch", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "made-up: 4 sequences, 120 tokens, 3 layers x 16 experts, top-2"
     head = next(line for line in lines if line.startswith("policy"))
@@ -124,8 +124,9 @@ def test_a_picture_without_matplotlib(
         (["--bandwidth", "25"], "'25' is not a bandwidth"),
         (["--bandwidth", "25GB/s", "--latency", "3"], "'3' is not a duration"),
         (["--layer-time", "3ms"], "--layer-time needs a link: give --bandwidth"),
-        (["--bandwidth", "1GB/s", "--horizon", "1"], "horizon 1 needs a predictor"),
-        (["--bandwidth", "1GB/s", "--horizon", "9", "--predictor", "history"], "horizon 9: give 0 to 3"),
+        (["--bandwidth", "1GB/s", "--prefetch", "1"], "prefetch 1 needs a predictor"),
+        (["--bandwidth", "1GB/s", "--prefetch", "9", "--predictor", "history"], "prefetch 9: give"),
+        (["--bandwidth", "1GB/s", "--prefetch", "most"], "expected a whole number"),
     ],
 )
 def test_bad_input_is_one_line(

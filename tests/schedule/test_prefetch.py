@@ -62,7 +62,7 @@ class Rig:
             block_bytes=1,
             wave_size=4,
             predictor=self.predictor,
-            horizon=horizon,
+            prefetch=horizon,
         )
         self.scheduler.begin_step([0])
 
@@ -227,9 +227,9 @@ def test_a_policy_that_wants_predictions_hears_them_once_a_step():
 @pytest.mark.parametrize(
     ("predictor", "horizon", "message"),
     [
-        (None, 2, "horizon 2 needs a predictor"),
-        (History(layers=3, experts=EXPERTS), 4, "horizon 4: give 0 to 3, the number of MoE layers"),
-        (History(layers=3, experts=EXPERTS), -1, "horizon -1"),
+        (None, 2, "prefetch 2 needs a predictor"),
+        (History(layers=3, experts=EXPERTS), 4, "prefetch 4: give .* 0 to 3, the number of MoE layers"),
+        (History(layers=3, experts=EXPERTS), -1, "prefetch -1"),
         (Oracle([], layers=3, experts=EXPERTS), 1, "needs a link that can prefetch, which FreeLink cannot"),
     ],
 )
@@ -243,5 +243,5 @@ def test_impossible_horizons_are_refused(predictor, horizon, message):
             block_bytes=1,
             wave_size=4,
             predictor=predictor,
-            horizon=horizon,
+            prefetch=horizon,
         )
