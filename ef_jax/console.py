@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, LinkError
 
 BAD_INPUT = 2
 FAILED = 1
@@ -61,6 +61,8 @@ def run(
         sys.stdout.flush()
     except InputError as error:
         return _fail(program, f"error: {error}", BAD_INPUT, debug)
+    except LinkError as error:
+        return _fail(program, f"error: {error}", FAILED, debug)
     except KeyboardInterrupt:
         return _fail(program, interrupted, INTERRUPTED, debug)
     except BrokenPipeError:

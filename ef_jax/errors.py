@@ -1,6 +1,7 @@
 """Errors that a caller can act on: each is one clear line naming the offending value and the fix.
 
-The command line prints these on stderr and exits with code 2; anything else is a defect of ours.
+The command line prints these on stderr and exits with code 2, or 1 for a `LinkError`, which is nobody's input; anything
+else is a defect of ours.
 """
 
 
@@ -18,3 +19,7 @@ class UnsupportedError(InputError):
 
 class BudgetError(InputError):
     """The device budget is too small; the message gives the smallest one that works."""
+
+
+class LinkError(RuntimeError):
+    """A block that a layer needs cannot be copied to the device; the message names it and says why."""

@@ -19,10 +19,10 @@ from ef_jax.replay.plot import plot_sweep, require_matplotlib, worth_showing
 from ef_jax.replay.recommendation import Recommendation, recommend, sweep_warnings
 from ef_jax.replay.replays import BOUNDS, Replays, SweepSettings
 from ef_jax.replay.result import ReplayResult
-from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.simulator import PREDICTORS
 from ef_jax.replay.sweep import choose_policies, sweep
 from ef_jax.replay.trace import RoutingTrace
+from ef_jax.schedule.link_model import LinkModel
 
 Parsed = TypeVar("Parsed")
 

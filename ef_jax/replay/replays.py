@@ -13,11 +13,11 @@ from ef_jax.errors import InputError
 from ef_jax.memory.residency import Residency
 from ef_jax.replay.belady import belady
 from ef_jax.replay.layer_steps import PROMPT, LayerSteps, layer_steps
-from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.simulator import simulate
 from ef_jax.replay.stall_bound import StallBound, stall_bound
 from ef_jax.replay.trace import Pass, RoutingTrace
 from ef_jax.replay.window_loads import WindowLoads, window_loads
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Prefetch
 from ef_jax.stats import PhaseStats
 

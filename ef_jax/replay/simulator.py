@@ -11,9 +11,10 @@ from ef_jax.memory.policies import Policy, make_policy
 from ef_jax.memory.policies.static import Static
 from ef_jax.memory.residency import Residency
 from ef_jax.predict import History, Oracle, Predictor
-from ef_jax.replay.simulated_link import FreeLink, LinkModel, SimulatedLink
+from ef_jax.replay.simulated_link import FreeLink, SimulatedLink
 from ef_jax.replay.trace import Pass, RoutingTrace
 from ef_jax.replay.virtual_clock import VirtualClock
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Prefetch, Scheduler
 from ef_jax.stats import Stats
 

@@ -13,8 +13,8 @@ from ef_jax.progress import Progress
 from ef_jax.replay.capacity import Capacity
 from ef_jax.replay.replays import BOUNDS, Outcome, Replays, SweepSettings, Task
 from ef_jax.replay.result import ReplayResult, Timing
-from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.trace import RoutingTrace
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.stats import PhaseStats
 
 _worker: Replays | None = None  # of a spawned process

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef_jax.errors import InputError
-from ef_jax.replay.simulated_link import LinkModel, SimulatedLink
+from ef_jax.replay.simulated_link import SimulatedLink
 from ef_jax.replay.virtual_clock import VirtualClock
 from ef_jax.schedule.link import Link, PrefetchLink
+from ef_jax.schedule.link_model import LinkModel
 
 A, B, C, D = (0, 1), (1, 2), (1, 3), (2, 0)
 

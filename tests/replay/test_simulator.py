@@ -11,10 +11,10 @@ from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.predict import Oracle
 from ef_jax.replay.layer_steps import layer_steps
-from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.simulator import PREDICTORS, compute_seconds_per_layer, simulate
 from ef_jax.replay.stall_bound import stall_bound
 from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.stats import Stats
 from tests.replay.traces import made_up
 

@@ -9,9 +9,9 @@ from ef_jax.replay.capacity import Capacity, parse_capacity
 from ef_jax.replay.recommendation import recommend
 from ef_jax.replay.replays import BOUNDS, Replays, SweepSettings
 from ef_jax.replay.result import ReplayResult
-from ef_jax.replay.simulated_link import LinkModel
 from ef_jax.replay.simulator import simulate
 from ef_jax.replay.sweep import choose_policies, sweep
+from ef_jax.schedule.link_model import LinkModel
 from tests.replay.traces import made_up
 
 ALL = (*POLICIES, *BOUNDS)

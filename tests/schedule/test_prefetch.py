@@ -10,8 +10,9 @@ from ef_jax.errors import InputError
 from ef_jax.memory.policies import Policy, make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.predict import History, Oracle
-from ef_jax.replay.simulated_link import FreeLink, LinkModel, SimulatedLink
+from ef_jax.replay.simulated_link import FreeLink, SimulatedLink
 from ef_jax.replay.virtual_clock import VirtualClock
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Scheduler
 from ef_jax.stats import Stats
 
@@ -141,7 +142,7 @@ def test_a_prefetch_that_has_not_begun_is_dropped_and_its_slot_serves_the_miss()
     rig = Rig(compute=0.5, slots=3, layers=3)
     rig.link.start(2, [0, 1, 2, 3])  # the link is busy for four seconds
     rig.say(1, 4)
-    rig.link._gap = 100.0
+    rig.link._meter.layer_seconds = 100.0
     rig.scheduler.serve(0, [[]])
     assert rig.residency.in_flight == [(1, 4)]
     slot = rig.residency.key_of.index((1, 4))
