@@ -1,4 +1,4 @@
-"""What ran when: compute, copies and stalls, as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""What ran when: compute, copies and stalls of every step, in a file that Perfetto (ui.perfetto.dev) opens.
 
 The file is JSON in Chrome's trace event format ("Trace Event Format", Google, 2016, sections on complete, counter and
 metadata events). Times in it are microseconds since the first thing that was noted.
@@ -15,9 +15,9 @@ from typing import Any
 from ef_jax.errors import InputError
 from ef_jax.new_file import new_file
 
-COMPUTE, STALLS = "compute", "stalls"
+STEPS, COMPUTE, STALLS = "steps", "compute", "stalls"
 DEMAND, PREFETCH = "copies: demand", "copies: prefetch"
-TRACKS = (COMPUTE, STALLS, DEMAND, PREFETCH)
+TRACKS = (STEPS, COMPUTE, STALLS, DEMAND, PREFETCH)
 
 _LIMIT = 250_000
 _PROCESS = 1

@@ -6,7 +6,7 @@ blocks pass through without being remembered (prefill waves, and misses that the
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -50,6 +50,7 @@ class Residency:
       wasted: blocks that were prefetched and left without having been used.
     """
 
+      on_wasted: called with layer and expert of each of these, if it is not None.
     def __init__(self, *, layers: int, experts: int, cache_slots: int, staging_slots: int, policy: Policy) -> None:
         self.layers, self.experts = layers, experts
         self.cache_slots, self.staging_slots = cache_slots, staging_slots
@@ -61,6 +62,7 @@ class Residency:
         self.wasted = 0
         self._rows = [memoryview(row) for row in self.slot_of]  # what Python reads several times faster
         self._spare = [0] * layers
+        self.on_wasted: Callable[[int, int], None] | None = None
         self._in_flight: dict[Key, int] = {}
         self._unused: set[Key] = set()
         self._free = list(range(cache_slots - 1, -1, -1))
@@ -257,3 +259,5 @@ class Residency:
             self.wasted += 1
         self.policy.on_evict(layer, expert)
         return slot
+            if self.on_wasted is not None:
+                self.on_wasted(layer, expert)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ef_jax.memory.policies import Key
 from ef_jax.schedule.link_queue import LinkQueue
+from ef_jax.timeline import Timeline
 
 
 class FreeLink:
@@ -11,6 +12,7 @@ class FreeLink:
 
     bytes_moved = 0
     seconds = 0.0
+    timeline: Timeline | None = None
 
     def start(self, layer: int, experts: Sequence[int]) -> None:
         pass

@@ -17,6 +17,7 @@ from ef_jax.replay.virtual_clock import VirtualClock
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Prefetch, Scheduler
 from ef_jax.stats import Stats
+from ef_jax.timeline import COMPUTE, STEPS, Timeline
 
 PREDICTORS = ("none", "history", "oracle")
 
@@ -36,6 +37,7 @@ def simulate(
     predictor: str | Predictor = "none",
     prefetch: Prefetch = "off",
     candidates: str = "value",
+    timeline: Timeline | None = None,
     on_pass: Callable[[Pass, Residency], None] | None = None,
 ) -> Stats:
     """What an engine with `slots` cache slots would have counted had it run the passes of a trace.
@@ -57,6 +59,7 @@ def simulate(
       predictor: a name of `PREDICTORS`, or an object.
       prefetch: as for `Scheduler`; anything but "off" needs a predictor and a link.
       candidates: as for `Scheduler`.
+      timeline: hears of what is counted, in virtual seconds; needs a link.
       on_pass: called after each pass that is counted.
 
     Raises:
@@ -84,6 +87,8 @@ def simulate(
         made.choose(_uses(parts[0]))
     for part in parts:
         replay.stats.reset()
+        if timeline is not None and part is parts[-1]:
+            replay.show(timeline)
         for step in part.steps(batch):
             replay.run(step)
             if on_pass is not None and part is parts[-1]:
@@ -157,6 +162,7 @@ class Replay:
         self._step_seconds = _by_layer("compute_seconds", compute_seconds, layers)
         self._prompt_seconds = _by_layer("prompt_seconds", prompt_seconds, layers)
         self._clock = VirtualClock()
+        self._timeline: Timeline | None = None
         self._link: SimulatedLink | None = None
         if link is not None:
             if not block_bytes:
@@ -183,6 +189,17 @@ class Replay:
             now=lambda: self._clock.now,
         )
 
+    def show(self, timeline: Timeline) -> None:
+        """What runs from now on is noted in `timeline`.
+
+        Raises:
+          InputError: there is no link, so nothing takes time.
+        """
+        if self._link is None:
+            raise InputError("a timeline needs a link: give its bandwidth")
+        self._timeline = timeline
+        self._scheduler.show(timeline)
+
     def run(self, step: Pass) -> None:
         """One pass."""
         phase = self.stats.prefill if step.counts is not None else self.stats.decode
@@ -195,6 +212,8 @@ class Replay:
         phase.tokens += len(step.tokens)
         phase.seconds += self._clock.now - began
         phase.link_busy_seconds += self._busy - busy
+        if self._timeline is not None:
+            self._timeline.span(STEPS, "prompt" if step.prompt else "step", began, self._clock.now)
 
     def end_run(self) -> None:
         """No pass follows for now."""
@@ -211,16 +230,21 @@ class Replay:
             for layer, rows in enumerate(step.routes):
                 serve(layer, rows)
         else:
-            advance = self._clock.advance
             for layer, (rows, seconds) in enumerate(zip(step.routes, self._step_seconds, strict=True)):
                 serve(layer, rows)
-                advance(seconds)
+                self._compute(f"layer {layer}", seconds)
 
     def _run_prompt(self, chunk: np.ndarray) -> None:
         for layer, (counts, seconds) in enumerate(zip(chunk, self._prompt_seconds, strict=True)):
             rows = counts.sum()
             for wave in self._scheduler.serve_prompt(layer, counts):
-                self._clock.advance(seconds * float(counts[wave.slot_row >= 0].sum() / rows))
+                self._compute(f"prompt, layer {layer}", seconds * float(counts[wave.slot_row >= 0].sum() / rows))
+
+    def _compute(self, name: str, seconds: float) -> None:
+        began = self._clock.now
+        self._clock.advance(seconds)
+        if self._timeline is not None:
+            self._timeline.span(COMPUTE, name, began, self._clock.now)
 
 
 def _by_layer(name: str, seconds: float | Sequence[float], layers: int) -> list[float]:

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from ef_jax.memory.policies import Key
 from ef_jax.schedule.pace import LinkPace
+from ef_jax.timeline import Timeline
 
 Blocks = TypeVar("Blocks")
 
@@ -18,10 +19,12 @@ class Link(Protocol[Blocks]):
     Attributes:
       bytes_moved: bytes asked to cross since construction.
       seconds: time that callers have spent in the link's methods.
+      timeline: hears of every copy whose begin and end are known, if it is not None.
     """
 
     bytes_moved: int
     seconds: float
+    timeline: Timeline | None
 
     def start(self, layer: int, experts: Sequence[int]) -> Blocks:
         """Start copying the blocks of `experts` of MoE layer `layer`; never waits for them."""

@@ -14,6 +14,7 @@ from ef_jax.schedule.link import Blocks, Link, PrefetchLink
 from ef_jax.schedule.prefetch import Prefetcher
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
 from ef_jax.stats import Stats
+from ef_jax.timeline import STALLS, Timeline
 
 Prefetch = int | Literal["auto", "off"]
 
@@ -37,8 +38,7 @@ class Scheduler(Generic[Blocks]):
       prefetch: layers ahead that are prefetched for. "auto": as measurements say. "off" or 0: only what is needed is
         copied.
       candidates: the rule by which blocks are chosen, see `Prefetcher`.
-      timeline: hears of stalls and of the horizon.
-      now: the clock of the timeline, in seconds.
+      now: the clock of timelines, in seconds.
 
     Raises:
       InputError: a horizon without a predictor, beyond the number of layers, or over a link that cannot prefetch.
@@ -55,10 +55,11 @@ class Scheduler(Generic[Blocks]):
         predictor: Predictor | None = None,
         prefetch: Prefetch = "off",
         candidates: str = "value",
-        timeline: object | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
+        self._timeline: Timeline | None = None
+        self._now = now
         self._block_bytes, self._wave_size = block_bytes, wave_size
         self._predictor = predictor
         self._prefetcher: Prefetcher[Blocks] | None = None
@@ -80,6 +81,11 @@ class Scheduler(Generic[Blocks]):
             )
         horizon = 4 if prefetch == "auto" else prefetch
         self._prefetcher = Prefetcher(residency, link, predictor, horizon=min(horizon, residency.layers))
+
+    def show(self, timeline: Timeline | None) -> None:
+        """Note stalls, copies and the horizon in `timeline` from now on; None: nowhere."""
+        self._timeline = self.link.timeline = timeline
+        self.residency.on_wasted = None if timeline is None else timeline.wasted
 
     def begin_step(
         self,
@@ -160,7 +166,7 @@ class Scheduler(Generic[Blocks]):
 
     def complete(self, admission: Admission) -> None:
         """Wait until all that the last `ask` answered is in its slots."""
-        link = self.link
+        link, began = self.link, self._now()
         spent = link.seconds
         if admission.late and self._prefetcher is not None:
             self._prefetcher.wait(self._layer, admission.late)
@@ -168,6 +174,9 @@ class Scheduler(Generic[Blocks]):
             link.finish(self._pending, admission.missing_slots)
             self._pending = None
         self.stats.decode.stall_seconds += link.seconds - spent
+        if self._timeline is not None and link.seconds > spent:
+            late, missing = admission.late, admission.missing
+            self._timeline.span(STALLS, f"layer {self._layer}", began, self._now(), late=late, missing=missing)
 
     def serve_prompt(self, layer: int, counts: Int[np.ndarray, "E"]) -> Iterator[Wave]:
         """Waves of one layer of a prompt's chunk, each given out once its blocks are in their slots.
@@ -189,7 +198,10 @@ class Scheduler(Generic[Blocks]):
         phase.bytes_demand += misses * self._block_bytes
         blocks = link.start(layer, waves[0].experts)
         for wave, following in zip(waves, [*waves[1:], None], strict=True):
+            began, waited = self._now(), link.seconds
             link.finish(blocks, wave.slots)
+            if self._timeline is not None and link.seconds > waited:
+                self._timeline.span(STALLS, f"prompt, layer {layer}", began, self._now(), missing=wave.experts)
             if following is not None:
                 link.settle()  # at most two waves of blocks are in flight
                 blocks = link.start(layer, following.experts)
