@@ -14,6 +14,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
 from ef_jax.memory.rates import parse_bandwidth, parse_seconds
 from ef_jax.memory.sizes import parse_bytes
+from ef_jax.new_file import check_new_file
 from ef_jax.replay.capacity import parse_capacity
 from ef_jax.replay.plot import plot_sweep, require_matplotlib, worth_showing
 from ef_jax.replay.recommendation import Recommendation, recommend, sweep_warnings
@@ -60,12 +61,19 @@ def run(words: Sequence[str]) -> None:
         predictor=options.predictor,
         prefetch=options.prefetch,
     )
-    results = sweep(trace, list(dict.fromkeys(capacities)), policies, settings, jobs=options.jobs, progress=None)
+    capacities = list(dict.fromkeys(capacities))
+    if options.timeline is not None:
+        _require_one_replay(options.timeline, policies, len(capacities), len(settings.links))
+    results = sweep(trace, capacities, policies, settings, jobs=options.jobs, progress=None)
     first = results[: len(results) // max(len(settings.links), 1)]
     recommended = recommend(first)
     warnings = [*_remarks(options, settings), *sweep_warnings(first, experts=experts)]
     if options.plot is not None:
         _plot(options.plot, results, trace, recommended, settings, _name(options.trace, trace))
+    if options.timeline is not None:
+        with console.status("replaying once more for the timeline ...", shown=True):
+            timeline = Replays(trace, settings).timeline(policies[0], capacities[0].slots, settings.links[0])
+        timeline.save(options.timeline)
     if options.json:
         print(console.json_line(_contents(options, trace, results, recommended, warnings)), flush=True)
     else:
@@ -88,6 +96,15 @@ def _links(options: argparse.Namespace, block_bytes: int | None) -> tuple[LinkMo
         LinkModel(bandwidth=bandwidth, latency=options.latency, block_overhead=options.block_overhead)
         for bandwidth in dict.fromkeys(bandwidths)
     )
+
+
+def _require_one_replay(path: Path, policies: list[str], capacities: int, links: int) -> None:
+    check_new_file(path)
+    if policies[0] in BOUNDS or (len(policies), capacities, links) != (1, 1, 1):
+        raise InputError(
+            "--timeline shows one replay over a link: give one --policy that is no bound, one --capacity and one "
+            f"--bandwidth; there are {len(policies)}, {capacities} and {links}"
+        )
 
 
 def _remarks(options: argparse.Namespace, settings: SweepSettings) -> list[str]:
@@ -220,6 +237,12 @@ def build_parser() -> console.Parser:
         "--predictor", choices=PREDICTORS, default="none", help="what prefetching goes by; policies hear it too"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a picture, for example out.png")
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="also write what ran when, for Perfetto (ui.perfetto.dev); of one policy, capacity and bandwidth",
+    )
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
         "--jobs", type=common.whole_number(1), default=jobs, metavar="N", help=f"processes (default: {jobs} here)"

@@ -20,6 +20,7 @@ from ef_jax.replay.window_loads import WindowLoads, window_loads
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Prefetch
 from ef_jax.stats import PhaseStats
+from ef_jax.timeline import Timeline
 
 BOUNDS = ("belady", "belady_bypass")
 
@@ -114,7 +115,15 @@ class Replays:
         self._simulate(policy, Task(policy, slots, link), observe)
         return resident / self._steps
 
-    def _simulate(self, policy: str, task: Task, on_pass: OnPass | None = None) -> PhaseStats:
+    def timeline(self, policy: str, slots: int, link: LinkModel) -> Timeline:
+        """What ran when in the counted passes, in virtual seconds."""
+        timeline = Timeline()
+        self._simulate(policy, Task(policy, slots, link), timeline=timeline)
+        return timeline
+
+    def _simulate(
+        self, policy: str, task: Task, on_pass: OnPass | None = None, timeline: Timeline | None = None
+    ) -> PhaseStats:
         settings = self.settings
         stats = simulate(
             self.trace,
@@ -126,6 +135,7 @@ class Replays:
             compute_seconds=settings.layer_seconds,
             predictor=settings.predictor,
             prefetch=settings.prefetch,
+            timeline=timeline,
             on_pass=on_pass,
         )
         return stats.decode

@@ -179,3 +179,34 @@ def test_it_does_not_wait_for_jax(traces: Path) -> None:
     words = ["replay", str(traces / "own.npz"), "--policy", "lru", "--jobs", "1", "--json"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_a_timeline_of_one_replay(traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.json"
+    one = [str(traces / "own.npz"), "--policy", "lru", "--capacity", "25%", "--bandwidth", "2GB/s"]
+    words = [*one, "--layer-time", "100us", "--timeline", str(path)]
+    row = contents(words, capsys)["results"][0]
+    spans = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    stalls = sum(span["dur"] for span in spans if span["cat"] == "stalls") / 1e6
+    assert stalls == pytest.approx(row["stall_seconds"])
+    assert main(["replay", *words]) == 2
+    assert "exists: remove it or choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--policy", "lru,lfu", "--capacity", "25%", "--bandwidth", "2GB/s"],
+        ["--policy", "lru", "--capacity", "25%,50%", "--bandwidth", "2GB/s"],
+        ["--policy", "lru", "--capacity", "25%", "--bandwidth", "2GB/s,4GB/s"],
+        ["--policy", "lru", "--capacity", "25%"],
+        ["--policy", "belady", "--capacity", "25%", "--bandwidth", "2GB/s"],
+    ],
+    ids=["policies", "capacities", "bandwidths", "no link", "bound"],
+)
+def test_a_timeline_of_a_sweep_is_refused(
+    traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(["replay", str(traces / "own.npz"), *words, "--timeline", str(tmp_path / "t.json")]) == 2
+    assert "--timeline shows one replay over a link: give one --policy" in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
