@@ -19,8 +19,13 @@ from ef_jax.nn.ffn import ffn as ffn
 from ef_jax.nn.linear import linear as linear
 from ef_jax.nn.linear import matmul_f32 as matmul_f32
 from ef_jax.nn.norm import rms_norm as rms_norm
+from ef_jax.nn.pregate import RouterStack as RouterStack
+from ef_jax.nn.pregate import pregate as pregate
+from ef_jax.nn.pregate import router_stack_shapes as router_stack_shapes
+from ef_jax.nn.pregate import stack_routers as stack_routers
 from ef_jax.nn.rope import apply_rope as apply_rope
 from ef_jax.nn.rope import rope_frequencies as rope_frequencies
 from ef_jax.nn.rope import rope_tables as rope_tables
+from ef_jax.nn.router import choice_scores as choice_scores
 from ef_jax.nn.router import route as route
 from ef_jax.nn.router import router_logits as router_logits

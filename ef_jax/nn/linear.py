@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
 
 MIN_ROWS = 8
 """A lone 16-bit row is padded to this height: XLA's CPU matrix-vector product is 4 to 20 times slower."""
@@ -35,9 +35,9 @@ def linear(
     return y.astype(x.dtype)
 
 
-def along_last(vector: Float[Array, " N"], like: Array) -> Float[Array, "*ones N"]:
-    """The vector with as many axes as `like`, to be broadcast along its last one."""
-    return jnp.expand_dims(vector, range(like.ndim - 1))
+def along_last(array: Shaped[Array, "*last"], like: Array) -> Shaped[Array, "*ones_and_last"]:
+    """The array with as many axes as `like`, to be broadcast along its last ones."""
+    return jnp.expand_dims(array, range(like.ndim - array.ndim))
 
 
 class Linear(nnx.Module):

@@ -22,6 +22,23 @@ def router_logits(
     return linear(x, weight, bias)
 
 
+def choice_scores(
+    logits: Float[Array, "*rows E"], spec: RouterSpec, select_bias: Float32[Array, "*last E"] | None = None
+) -> Float32[Array, "*rows E"]:
+    """What the router takes its top-k of.
+
+    It is the logits where nothing is added to the scores and no group is masked, since scores rise with logits; else
+    the scores with the selection bias, every expert outside the best groups at the groups' mask.
+    """
+    raw = logits.astype(jnp.float32)
+    if select_bias is None and spec.groups is None:
+        return raw
+    choice = _score(raw, spec)
+    if select_bias is not None:
+        choice = choice + along_last(select_bias, choice)
+    return choice if spec.groups is None else _limit_to_groups(choice, spec.groups)
+
+
 def route(
     logits: Float[Array, "*rows E"],
     spec: RouterSpec,
@@ -32,18 +49,11 @@ def route(
 
     Scores are float32. Weights come back in the logits' dtype where `spec.dtype` is "model", else in float32.
     """
-    raw = logits.astype(jnp.float32)
+    chosen, ids = jax.lax.top_k(choice_scores(logits, spec, select_bias), top_k)
     if spec.order == "topk_then_score":
-        chosen, ids = jax.lax.top_k(raw, top_k)
         weights = _score(chosen, spec)
     else:
-        scores = _score(raw, spec)
-        choice = scores if select_bias is None else scores + along_last(select_bias, scores)
-        if spec.groups is not None:
-            choice = _limit_to_groups(choice, spec.groups)
-        weights, ids = jax.lax.top_k(choice, top_k)
-        if choice is not scores:
-            weights = jnp.take_along_axis(scores, ids, axis=-1)
+        weights = jnp.take_along_axis(_score(logits.astype(jnp.float32), spec), ids, axis=-1)
     if spec.normalize is not None:
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if spec.normalize.minimum is not None:

@@ -1,0 +1,128 @@
+"""Coming layers' routers on the residual stream of now: which experts they would choose if nothing changed until then.
+
+Source s is the residual stream of a token after s routers: s = 0 is its embedding, s = l + 1 what the router of MoE
+layer l read. At distance d from source s stands the router of MoE layer s - 1 + d, so that distance 0 is a layer's
+own. (Pre-gating on the residual stream: Eliseev and Mazur 2023, arXiv 2312.17238, section 3.2; ExpertFlow, Shen et al.
+2025, arXiv 2510.26730, takes its scores as the base of a correction.)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from ef_jax.nn.definition import dense_shapes, layer_definition
+from ef_jax.nn.linear import along_last, matmul_f32
+from ef_jax.nn.router import choice_scores
+from ef_jax.spec import ModelSpec
+
+
+class RouterStack(NamedTuple):
+    """Norms and routers of the L MoE layers, stacked, then H rows of zeros: R = L + H.
+
+    Attributes:
+      norms: in the model's dtype.
+      routers: in the model's dtype.
+      bias: in the model's dtype; None where routers have none.
+      select_bias: None where routers have none.
+    """
+
+    norms: Float[Array, "R D"]
+    routers: Float[Array, "R E D"]
+    bias: Float[Array, "R E"] | None
+    select_bias: Float32[Array, "R E"] | None
+
+
+def stack_routers(spec: ModelSpec, layers: Sequence[Sequence[jax.Array]], distances: int) -> RouterStack:
+    """The norms and routers of every MoE layer, with room for `distances` layers past the last.
+
+    Args:
+      spec: the model.
+      layers: leaves of each decoder layer, dense ones included, in the order of `layer_definition`.
+      distances: H, the largest distance that will be asked for.
+    """
+    paths = layer_definition(spec, "moe")[1]
+
+    def stack(path: str) -> jax.Array | None:
+        if path not in paths:
+            return None
+        rows = jnp.stack([layers[index][paths.index(path)] for index in spec.moe_layers])
+        return jnp.pad(rows, [(0, distances), *[(0, 0)] * (rows.ndim - 1)])
+
+    names = ("ffn_norm.weight", "router.weight", "router.bias", "router.select_bias")
+    return RouterStack._make(map(stack, names))
+
+
+def router_stack_shapes(spec: ModelSpec, distances: int) -> RouterStack:
+    """Shapes and dtypes of what `stack_routers` returns. Nothing is allocated."""
+    shapes = dense_shapes(spec)
+    layers = [
+        [shapes[f"layers.{index}.{path}"] for path in layer_definition(spec, layer.ffn)[1]]
+        for index, layer in enumerate(spec.layers)
+    ]
+    stacked: RouterStack = jax.eval_shape(lambda leaves: stack_routers(spec, leaves, distances), layers)
+    return stacked
+
+
+def pregate(
+    spec: ModelSpec,
+    stack: RouterStack,
+    x: Float[Array, "*rows D"],
+    first: Int32[Array, ""],
+    count: int,
+    shift: Float[Array, "count D"] | None = None,
+) -> Float32[Array, "*rows count E"]:
+    """Choice scores that the routers of MoE layers `first` to `first + count - 1` give to a residual stream.
+
+    Everything is rounded as the layer itself rounds it (`rms_norm`, `router_logits`), so that a layer's scores of its
+    own input choose what it chooses: bit for bit on a CPU, elsewhere but for the order of sums.
+
+    Args:
+      spec: the model.
+      stack: its routers.
+      x: residual stream, in the model's dtype.
+      first: in `[0, L]`, traced, so that one program serves every source. (What reaches past the stack is moved back
+        into it, and is then of other layers than asked for.)
+      count: static; `first + count` is at most L + H.
+      shift: added to the residual stream for each of the layers, as `residual_means` measures it.
+
+    Returns:
+      Scores, zeros for layers past the last.
+    """
+
+    def taken(rows: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, first, count)
+
+    with jax.named_scope("pregate"):
+        x32 = x.astype(jnp.float32)[..., None, :]
+        if shift is not None:
+            x32 = x32 + along_last(shift.astype(jnp.float32), x32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + spec.norm_eps)
+        unit = (x32 * scale).astype(x.dtype)
+        norms, routers = taken(stack.norms), taken(stack.routers)
+        h = along_last(norms, unit) * unit
+        if spec.router.dtype == "f32":
+            h, routers = h.astype(jnp.float32), routers.astype(jnp.float32)
+        logits = _products(h.reshape(-1, *h.shape[-2:]), routers).reshape(*h.shape[:-1], -1)
+        if stack.bias is not None:
+            logits = logits + along_last(taken(stack.bias).astype(jnp.float32), logits)
+        select_bias = None if stack.select_bias is None else taken(stack.select_bias)
+        choice = choice_scores(logits.astype(h.dtype), spec.router, select_bias)
+        known = first + jnp.arange(count) < len(spec.moe_layers)
+        return jnp.where(along_last(known[:, None], choice), choice, 0)
+
+
+def _products(h: Float[Array, "M C D"], routers: Float[Array, "C E D"]) -> Float32[Array, "M C E"]:
+    """`h[:, c] @ routers[c].T` for every c, accumulated in float32."""
+
+    def one_by_one(h: Array, routers: Array) -> Array:
+        return jnp.stack([matmul_f32(h[:, c], routers[c]) for c in range(len(routers))], axis=1)
+
+    def together(h: Array, routers: Array) -> Array:
+        y = jnp.einsum("mcd,ced->mce", h, routers, preferred_element_type=jnp.float32)
+        return y.astype(jnp.float32)
+
+    # XLA's CPU products of many matrices add up in another order than those of one, and are slower from 4 rows on.
+    return jax.lax.platform_dependent(h, routers, cpu=one_by_one, default=together)
