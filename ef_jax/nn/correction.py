@@ -2,11 +2,11 @@
 
 A source is a point of a token's way at which experts further on are predicted: source 0 is the token's embedding,
 source l + 1 the residual stream that router l reads. From source s, distance d = 1 to H aims at MoE layer s - 1 + d;
-distances past the last layer mean nothing. A source's network sees the pre-gate scores of all H distances together, which tell
-far more of the residual stream than one row of them, the token's id, the experts that its past layers chose, and what
-the sequence's earlier tokens used in the layers aimed at. The last three are kept in a state of fixed size, a sum of
-embeddings and of decayed counts: nothing learned stands between one token's state and the next's, so training is
-parallel over tokens.
+distances past the last layer mean nothing. A source's network sees the pre-gate scores of all H distances together,
+which tell far more of the residual stream than one row of them, the token's id, the experts that its past layers chose,
+and what the sequence's earlier tokens used in the layers aimed at. The last three are kept in a state of fixed size, a
+sum of embeddings and of decayed counts: nothing learned stands between one token's state and the next's, so training
+is parallel over tokens.
 
 After ExpertFlow-S (arXiv 2510.26730), whose random forest on the CPU takes the first three; here the earlier tokens are
 added and the network runs on the device.
@@ -184,6 +184,39 @@ def advance(
     )
 
 
+def absorb(
+    spec: CorrectionSpec,
+    common: CommonLeaves,
+    state: Float32[Array, "B W"],
+    layer: Int32[Array, ""],
+    ids: Int32[Array, "B T K"],
+) -> Float32[Array, "B W"]:
+    """The state after the router of MoE layer `layer` chose `ids` for a chunk of the sequences' prompts.
+
+    What `begin` and `advance` would leave, had the tokens run one by one and every layer been absorbed in its turn.
+    Columns of -1 are padding.
+    """
+    old = _split(spec, state)
+    active = ids[:, :, 0] >= 0
+    after = jnp.cumsum(active[:, ::-1], axis=1)[:, ::-1] - active  # tokens of the chunk that follow
+    chosen = jax.nn.one_hot(ids, spec.experts).sum(axis=2)
+    decays = jnp.array(spec.decays)[None, :, None]
+    weights = jnp.where(active[:, None], (1 - decays) * decays ** after[:, None], 0)
+    row = jax.lax.dynamic_index_in_dim(old.counts, layer, axis=2, keepdims=False)
+    count = active.sum(axis=1)[:, None, None]
+    row = decays**count * row + jnp.einsum("bnt,bte->bne", weights, chosen, precision=jax.lax.Precision.HIGHEST)
+    last = jnp.take_along_axis(ids, jnp.maximum(active.sum(axis=1) - 1, 0)[:, None, None], axis=1)[:, 0]
+    embedded = common.experts[layer][jnp.maximum(last, 0)].astype(jnp.float32).sum(axis=1)
+    past = jnp.where(layer > 0, old.past, 0) + embedded
+    return _join(
+        old._replace(
+            layer=jnp.full_like(old.layer, layer + 1),
+            past=jnp.where(active.any(axis=1)[:, None], past, old.past),
+            counts=jax.lax.dynamic_update_index_in_dim(old.counts, row, layer, axis=2),
+        )
+    )
+
+
 def correct(
     spec: CorrectionSpec, leaves: SourceLeaves, choice: Float32[Array, "B H E"], state: Float32[Array, "B W"]
 ) -> Float32[Array, "B H E"]:
@@ -227,6 +260,16 @@ def standardise(choice: Float32[Array, "*rows E"]) -> Float32[Array, "*rows E"]:
     return jnp.clip((choice - mean) / jnp.maximum(std, _LEAST_STD), -_LIMIT, _LIMIT)
 
 
+def leaf_shapes(spec: CorrectionSpec) -> tuple[CommonLeaves, SourceLeaves]:
+    """Shapes and dtypes of the leaves, those of one source; nothing is allocated."""
+
+    def build() -> tuple[CommonLeaves, SourceLeaves]:
+        module = Correction(spec, rngs=nnx.Rngs(0))
+        return module.common, jax.tree.map(lambda leaf: leaf[0], module.sources)
+
+    return jax.eval_shape(build)
+
+
 def _split(spec: CorrectionSpec, state: Float32[Array, "B W"]) -> _State:
     ends = (1, 1 + spec.width, 1 + 2 * spec.width, 1 + 3 * spec.width)
     layer, token, past, previous, counts = jnp.split(state, ends, axis=1)
@@ -236,13 +279,3 @@ def _split(spec: CorrectionSpec, state: Float32[Array, "B W"]) -> _State:
 
 def _join(parts: _State) -> Float32[Array, "B W"]:
     return jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-
-
-def leaf_shapes(spec: CorrectionSpec) -> tuple[CommonLeaves, SourceLeaves]:
-    """Shapes and dtypes of the leaves, those of one source; nothing is allocated."""
-
-    def build() -> tuple[CommonLeaves, SourceLeaves]:
-        module = Correction(spec, rngs=nnx.Rngs(0))
-        return module.common, jax.tree.map(lambda leaf: leaf[0], module.sources)
-
-    return jax.eval_shape(build)
