@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 
 class History:
@@ -44,17 +44,22 @@ class History:
         pass
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        used = rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
-        self._now[layer, used] = 1
-        following, unused = self._next[layer], self._unused[layer]
-        following[:] = unused
-        following[used] = unused[used] + self._rho[layer]
+        self._use(layer, rows)
 
     def ahead(self, layer: int, horizon: int) -> Float32[np.ndarray, "horizon E"]:
         return self._scores[layer + 1 : layer + 1 + horizon]
 
     def step_scores(self) -> Float32[np.ndarray, "L E"]:
         return self._this
+
+    def _use(self, layer: int, rows: Sequence[Sequence[int]]) -> Int64[np.ndarray, "n"]:
+        """Take note of what a layer used; gives the ids, which may come twice."""
+        used = np.array(rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows)), np.int64)
+        now, following = self._now[layer], self._next[layer]
+        now[used] = 1
+        np.multiply(now, self._rho[layer, 0], out=following)
+        following += self._unused[layer]
+        return used
 
     def _learn(self) -> None:
         """Take the uses of a whole step into the statistics."""

@@ -27,7 +27,7 @@ class Predictor(Protocol):
         Args:
           layer: MoE layer that runs; -1 for the embeddings of the tokens, at the start of a step.
           bins: row d is about layer `layer + d`, as `log_odds.to_bins` gives it; row 0 of layer -1 and rows past the
-            last layer mean nothing.
+            last layer mean nothing. May be kept until the step ends: do not write to it.
         """
         ...
 
