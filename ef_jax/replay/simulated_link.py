@@ -29,8 +29,12 @@ class SimulatedLink(LinkQueue):
 
     prefetches_failed = 0
 
+    def start(self, layer: int, experts: Sequence[int]) -> float:
+        """See `Link`; a copy is known by when it is across."""
+        return self.demand(layer, experts)
+
     def finish(self, blocks: float, slots: Sequence[int]) -> None:
-        """See `Link`; `blocks` is when they are across."""
+        """See `Link`."""
         self.wait_until(blocks)
 
     def settle(self) -> None:

@@ -6,12 +6,19 @@ from typing import Literal, get_args
 
 import jax
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, LinkError
 from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.policies import Key
 from ef_jax.memory.slot_pool import MAX_INSERT, SlotPool
 from ef_jax.spec import ModelSpec
+from ef_jax.timeline import DEMAND, Timeline
 
 CopyMode = Literal["async", "in_program"]
+
+TIMEOUT_SECONDS = 60.0
+"""A copy that has not come after so long will not: even 8 blocks of 350 MB over a tenth of PCIe 3.0 take 2 s."""
+
+COPY_ERRORS = (RuntimeError, MemoryError, OSError)  # JAX's are RuntimeErrors
 
 
 class DeviceLink:
@@ -21,10 +28,14 @@ class DeviceLink:
     default on accelerators. "in_program": the insert itself reads the pinned blocks; the default on CPU, where it is
     two to nine times faster (see `SlotPool`) and copies cost the cores that compute.
 
+    It copies on demand only: `AsyncLink` prefetches as well.
+
     Attributes:
       pool: the slot pool; its array is replaced by every `finish`.
+      block_bytes: bytes of one block.
       bytes_moved: bytes asked to cross since construction.
       seconds: host time spent in `start` and `finish`.
+      timeline: hears of every demand copy, if it is not None; each is then waited for.
     """
 
     def __init__(
@@ -34,33 +45,81 @@ class DeviceLink:
         self._store = store
         self._sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
         self.pool = SlotPool(spec, slots, device, memory_kind="device" if self.mode == "async" else "pinned_host")
+        self.block_bytes = store.block_bytes
         self.bytes_moved = 0
         self.seconds = 0.0
+        self.timeline: Timeline | None = None
+        self._demanded: list[Key] = []
+        self._demanded_at = 0.0
 
     def start(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
-        """Start copying the blocks of `experts` of MoE layer `layer`, where the mode can; never waits."""
-        began = time.perf_counter()
-        blocks = [self._store.block(layer, expert) for expert in experts]
-        if self.mode == "async":
-            blocks = [
-                block
-                for first in range(0, len(blocks), MAX_INSERT)
-                for block in jax.device_put(blocks[first : first + MAX_INSERT], self._sharding)
-            ]
-        self.bytes_moved += len(blocks) * self._store.block_bytes
+        """Start copying the blocks of `experts` of MoE layer `layer`, where the mode can; never waits.
+
+        Raises:
+          LinkError: the device takes no copy.
+        """
+        began = self._demanded_at = time.perf_counter()
+        self._demanded = [(layer, expert) for expert in experts]
+        blocks = self.fetch(self._demanded)
         self.seconds += time.perf_counter() - began
         return blocks
 
+    def fetch(self, keys: Sequence[Key]) -> list[jax.Array]:
+        """Start copying the blocks of `keys`, where the mode can; never waits.
+
+        Raises:
+          LinkError: the device takes no copy.
+        """
+        try:
+            blocks = [self._store.block(*key) for key in keys]
+            if self.mode == "async":
+                blocks = [
+                    block
+                    for first in range(0, len(blocks), MAX_INSERT)
+                    for block in jax.device_put(blocks[first : first + MAX_INSERT], self._sharding)
+                ]
+        except COPY_ERRORS as error:
+            raise link_error(keys, error) from error
+        self.bytes_moved += len(blocks) * self.block_bytes
+        return blocks
+
     def finish(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
-        """Put started `blocks` into `slots`; programs dispatched afterwards see them."""
+        """Put started `blocks` into `slots`; programs dispatched afterwards see them.
+
+        Raises:
+          LinkError: the device does not take them.
+        """
         began = time.perf_counter()
-        self.pool.insert(blocks, slots)
+        self._insert(blocks, slots)
+        if self.timeline is not None and blocks:
+            self.pool.array.block_until_ready()
+            self._show_demand(self._demanded_at, time.perf_counter())
         self.seconds += time.perf_counter() - began
 
     def settle(self) -> None:
         """Wait, where copies hold device memory of their own, until every block handed to `finish` is in its slot."""
         if self.mode == "async":
             self.pool.array.block_until_ready()
+
+    def _insert(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
+        try:
+            self.pool.insert(blocks, slots)
+        except COPY_ERRORS as error:
+            raise LinkError(f"blocks cannot be put into slots {list(slots)}: {_first_line(error)}") from error
+
+    def _show_demand(self, began: float, ended: float) -> None:
+        """Note when the last demand copy was under way."""
+        if self.timeline is not None:
+            layer, experts = self._demanded[0][0], [expert for _, expert in self._demanded]
+            self.timeline.span(DEMAND, f"layer {layer}", began, ended, layer=layer, experts=experts)
+
+
+def link_error(keys: Sequence[Key], reason: BaseException | str) -> LinkError:
+    """The error that says that the blocks of some keys do not come."""
+    named = ", ".join(f"expert {expert} of MoE layer {layer}" for layer, expert in keys[:3])
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    why = reason if isinstance(reason, str) else _first_line(reason)
+    return LinkError(f"{named}{more} cannot be copied to the device: {why}")
 
 
 def blocks_in_flight(mode: CopyMode, device: jax.Device) -> tuple[int, int]:
@@ -86,3 +145,7 @@ def resolve_copy_mode(mode: str | None, device: jax.Device) -> CopyMode:
         if mode == known:
             return known
     raise InputError(f"copy mode {mode!r} is not one of {', '.join(get_args(CopyMode))}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from ef_jax.memory.policies import Key
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.pace import LinkPace, PaceMeter
 from ef_jax.schedule.wall_clock import Clock
-from ef_jax.timeline import Timeline
+from ef_jax.timeline import DEMAND, PREFETCH, Timeline
 
 
 class LinkQueue:
@@ -57,8 +57,8 @@ class LinkQueue:
         self._begin_prefetches()
         self.model, self._block_seconds = model, model.block_seconds(self._block_bytes)
 
-    def start(self, layer: int, experts: Sequence[int]) -> float:
-        """Begin a demand copy as soon as the call under way ends; when it is across."""
+    def demand(self, layer: int, experts: Sequence[int]) -> float:
+        """Begin a demand copy as soon as the call under way ends; returns when it is across."""
         self._begin_prefetches()
         if not experts:
             return self.clock.now
@@ -67,9 +67,7 @@ class LinkQueue:
         self._meter.demand(self._free_at - begin)
         self._demand_until = self._free_at
         if self.timeline is not None:
-            self.timeline.span(
-                "copies: demand", f"layer {layer}", begin, self._free_at, layer=layer, experts=list(experts)
-            )
+            self.timeline.span(DEMAND, f"layer {layer}", begin, self._free_at, layer=layer, experts=list(experts))
         return self._free_at
 
     def withdraw(self) -> list[Key]:
@@ -131,9 +129,10 @@ class LinkQueue:
                 if self.timeline is not None:
                     layer, expert = key
                     first = begin if left == count - 1 else end - self._block_seconds
-                    self.timeline.span("copies: prefetch", f"{layer}/{expert}", first, end, layer=layer, expert=expert)
+                    self.timeline.span(PREFETCH, f"{layer}/{expert}", first, end, layer=layer, expert=expert)
 
     def _call(self, blocks: int, begin: float) -> None:
+        self._see()
         seconds = self.model.latency + blocks * self._block_seconds
         self._free_at = begin + seconds
         self._busy += seconds

@@ -55,10 +55,10 @@ class PaceMeter:
         """A demand copy takes `seconds` of link time."""
         self._demand += seconds
 
-    def begin_layer(self, now: float, stalled: float = 0.0) -> None:
-        """A layer is about to ask; `stalled` seconds since the last one's end were not spent in computing."""
+    def begin_layer(self, now: float, served_at: float = 0.0) -> None:
+        """A layer is about to ask. Where nobody waited for what the last one needed, that came at `served_at`."""
         if self._ended is not None:
-            computing = max(0.0, now - self._ended - stalled)
+            computing = max(0.0, now - max(self._ended, served_at))
             self.layer_seconds += _LAYER_WEIGHT * (computing - self.layer_seconds)
             self._mean_demand += _LAYER_WEIGHT * (self._demand - self._mean_demand)
             self._mean_period += _LAYER_WEIGHT * (now - self._began - self._mean_period)
