@@ -48,8 +48,13 @@ def _import(options: argparse.Namespace) -> None:
 def _record(options: argparse.Namespace) -> None:
     prompts = read_prompts(options)
     check_new_file(options.output)
-    model_run = load_run(options, common.model_path(None if options.model == "-" else options.model), prompts)
-    with model_run.lm.trace(weights=options.weights) as recording:
+    path = common.model_path(None if options.model == "-" else options.model)
+    if options.pregate:
+        from ef_jax.runtime.pregate_probe import check_distances
+
+        check_distances(common.read_spec(path, options.dtype), options.pregate)
+    model_run = load_run(options, path, prompts)
+    with model_run.lm.trace(weights=options.weights, pregate=options.pregate) as recording:
         model_run.generate()
     trace = recording.trace()
     trace.save(options.output)
@@ -72,6 +77,7 @@ def _report(trace: RoutingTrace, options: argparse.Namespace, **measured: Any) -
             "experts_per_layer": trace.num_experts,
             "experts_per_token": trace.top_k,
             "weights": trace.weights is not None,
+            "pregate": 0 if trace.pregate is None else trace.pregate.shape[2],
         }
         print(console.json_line(contents | measured))
         return
@@ -87,6 +93,13 @@ def build_parser() -> console.Parser:
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory; - is the bundled model")
     _add_output(parser)
     parser.add_argument("--weights", action="store_true", help="record the router's weights too, as float16")
+    parser.add_argument(
+        "--pregate",
+        type=common.whole_number(0),
+        default=0,
+        metavar="H",
+        help="record what the routers of the next H layers say of each layer's input too, as float16 (for predictors)",
+    )
     add_run_options(parser)
     return parser
 

@@ -64,7 +64,9 @@ class RoutingTrace:
       model: name of the model, empty if unknown.
       block_bytes: bytes of one expert's block, if known.
       weights: float16 `[N, L, K]`, the router's weights, if recorded.
-      pregate: float16 `[N, L, H, E]`, the scores that layer l's hidden state gives to layers l+1 to l+H, if recorded.
+      pregate: float16 `[N, L, H, E]`, if recorded: `pregate[n, s, d - 1]` are the choice scores (what a router takes
+        its top-k of) that layer s - 1 + d gives the token's residual stream at source s. Source 0 is its embedding,
+        source l + 1 what the router of layer l read. Zeros for layers past the last.
 
     Raises:
       InputError: arrays that contradict one another or the above; the line names the first offence.

@@ -38,8 +38,7 @@ def check_arrays(
     if weights is not None:
         _check_array("weights", weights, "float16", experts.shape)
     if pregate is not None:
-        horizon = pregate.shape[2] if pregate.ndim == 4 else 1
-        _check_array("pregate", pregate, "float16", (*experts.shape[:2], horizon, num_experts))
+        _check_pregate(pregate, experts.shape[:2], num_experts)
     _check_offsets(offsets, count)
     _check_experts(experts, num_experts)
     _check_phases(phases, passes, offsets)
@@ -54,6 +53,17 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int, ...
     _check_dtype(name, array, dtype)
     if array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}, and the experts need {shape}")
+
+
+def _check_pregate(pregate: np.ndarray, rows: tuple[int, ...], num_experts: int) -> None:
+    distances = pregate.shape[2] if pregate.ndim == 4 and pregate.shape[2] else 1
+    _check_array("pregate", pregate, "float16", (*rows, distances, num_experts))
+    layers = rows[1]
+    for source in range(max(0, layers - distances + 1), layers):
+        if pregate[:, source, layers - source :].any():
+            raise InputError(
+                f"pregate has scores of source {source} for layers past the last, {layers - 1}: they must be zeros"
+            )
 
 
 def _check_offsets(offsets: np.ndarray, tokens: int) -> None:

@@ -15,7 +15,7 @@ A trace is a compressed npz file of plain arrays: no pickles, so it can be read 
 | `passes` | int64 `[N]`, optional | number of the forward pass: rows of one number ran together, in this order |
 | `block_bytes` | int64, optional | bytes of one expert's block |
 | `weights` | float16 `[N, L, K]`, optional | the router's weights |
-| `pregate` | float16 `[N, L, H, E]`, optional | scores that layer l's hidden state gives to layers l+1 to l+H |
+| `pregate` | float16 `[N, L, H, E]`, optional | at `[n, s, d - 1]`, the choice scores of layer s - 1 + d for source s |
 
 A file with nothing but `experts`, `tokens`, `offsets` and `num_experts`, of any integer types, is read too: then every
 token counts as decoded. Arrays of other names are left alone. Compressing saves a third of a trace of ids and costs

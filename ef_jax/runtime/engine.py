@@ -57,6 +57,11 @@ class Engine:
         """Which block is in which slot."""
         return self.scheduler.residency
 
+    @property
+    def dense(self) -> DenseWeights:
+        """The weights that stay on the device."""
+        return self._dense
+
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
         compiles while they run."""

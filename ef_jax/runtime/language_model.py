@@ -12,6 +12,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.generation import FinishReason, Generation, Score
+from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.runtime.recorder import Recorder
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
@@ -134,7 +135,7 @@ class LanguageModel:
         return scores
 
     @contextlib.contextmanager
-    def trace(self, *, weights: bool = False) -> Iterator[Recorder]:
+    def trace(self, *, weights: bool = False, pregate: int = 0) -> Iterator[Recorder]:
         """Record which experts every token uses, for `ef-jax replay`; the text does not change.
 
         Whatever the model does inside the block is recorded: `generate`, `stream`, `logits`, `score`.
@@ -145,15 +146,23 @@ class LanguageModel:
 
         Args:
           weights: record the router's weights too, as float16.
+          pregate: record what the routers of so many layers ahead say of each residual stream, too, as float16: two
+            bytes a token, layer, distance and expert. 0: do not.
 
         Raises:
-          InputError: a trace is being recorded already.
+          InputError: a trace is being recorded already, or `pregate` is more than the model's MoE layers.
         """
         engine = self._engine
         if engine.recorder is not None:
             raise InputError("a trace is being recorded already: leave its `with` block before the next")
         name = self.path.resolve().name
-        engine.recorder = Recorder(self.spec, block_bytes=self.plan.block_bytes, model=name, weights=weights)
+        engine.recorder = Recorder(
+            self.spec,
+            block_bytes=self.plan.block_bytes,
+            model=name,
+            weights=weights,
+            probe=PregateProbe(self.spec, engine.dense, pregate) if pregate else None,
+        )
         try:
             yield engine.recorder
         finally:

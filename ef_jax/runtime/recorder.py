@@ -8,6 +8,7 @@ import numpy as np
 
 from ef_jax.errors import InputError
 from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
+from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.spec import ModelSpec
 
 Serve = Callable[[int, Any], Any]
@@ -24,6 +25,7 @@ class _Running(NamedTuple):
     positions: np.ndarray
     ids: list[jax.Array]
     weights: list[jax.Array]
+    pregate: list[jax.Array]  # float16 [B, T, H, E] by source
 
 
 class _Rows(NamedTuple):
@@ -33,7 +35,8 @@ class _Rows(NamedTuple):
     sequences: np.ndarray  # int64 [R], number of the sequence
     tokens: np.ndarray  # int32 [R]
     experts: np.ndarray  # uint8 or uint16 [R, L, K]
-    weights: np.ndarray | None  # float16 [R, L, K]
+    weights: np.ndarray  # float16 [R, L, K], if recorded
+    pregate: np.ndarray  # float16 [R, L, H, E], if recorded
 
 
 class Recorder:
@@ -50,12 +53,21 @@ class Recorder:
       block_bytes: bytes of one expert block.
       model: name of the model.
       weights: record the router's weights too, as float16.
+      probe: record the pre-gate scores that it computes, too.
     """
 
-    def __init__(self, spec: ModelSpec, *, block_bytes: int, model: str, weights: bool = False) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        block_bytes: int,
+        model: str,
+        weights: bool = False,
+        probe: PregateProbe | None = None,
+    ) -> None:
         self._layers, self._num_experts = len(spec.moe_layers), spec.experts.count
         self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
-        self._block_bytes, self._model, self._weights = block_bytes, model, weights
+        self._block_bytes, self._model, self._weights, self._probe = block_bytes, model, weights, probe
         self._recorded: list[_Rows] = []
         self._sequences: dict[int, int] = {}  # by place in the running batch
         self._begun = 0
@@ -75,16 +87,20 @@ class Recorder:
         """
         if len(self._pending) == _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
             self._settle()
-        running = _Running(tokens, positions, [], [])
+        running = _Running(tokens, positions, [], [], [])
         self._pending.append(running)
-        keep_ids, keep_weights = running.ids.append, running.weights.append
-        prompt, weights = positions.shape[1] > 1, self._weights
+        keep_ids, keep_weights, keep_scores = running.ids.append, running.weights.append, running.pregate.append
+        prompt, weights, probe, last = positions.shape[1] > 1, self._weights, self._probe, self._layers - 1
+        if probe is not None:
+            keep_scores(probe.embedded(tokens))
 
         def listening(layer: int, carried: Any) -> Any:
             routed = carried[0] if prompt else carried
             keep_ids(routed.ids)
             if weights:
                 keep_weights(routed.weights)
+            if probe is not None and layer < last:
+                keep_scores(probe.residual(layer + 1, routed.x))
             return serve(layer, carried)
 
         return listening
@@ -102,17 +118,18 @@ class Recorder:
         sequences = np.concatenate([part.sequences for part in rows])
         order = np.argsort(sequences, kind="stable")
         sizes = [len(part.tokens) for part in rows]
-        weights = [part.weights for part in rows if part.weights is not None]
+        places = np.argsort(order)
         return RoutingTrace(
-            experts=np.concatenate([part.experts for part in rows])[order],
-            tokens=np.concatenate([part.tokens for part in rows])[order],
+            experts=_joined([part.experts for part in rows], places),
+            tokens=_joined([part.tokens for part in rows], places),
             offsets=np.concatenate([[0], np.cumsum(np.bincount(sequences))]),
             num_experts=self._num_experts,
             phases=np.repeat(np.array([part.phase for part in rows], np.uint8), sizes)[order],
             passes=np.repeat(np.arange(len(rows)), sizes)[order],
             model=self._model,
             block_bytes=self._block_bytes,
-            weights=np.concatenate(weights)[order] if weights else None,
+            weights=_joined([part.weights for part in rows], places) if self._weights else None,
+            pregate=_joined([part.pregate for part in rows], places) if self._probe is not None else None,
         )
 
     def _settle(self) -> None:
@@ -137,10 +154,25 @@ class Recorder:
             joined = np.concatenate([np.asarray(layer) for layer in layers], axis=-1)[places, columns]
             return joined.astype(dtype).reshape(len(places), len(layers), -1)
 
+        def scores(sources: list[jax.Array]) -> np.ndarray:
+            return np.stack([np.asarray(source)[places, columns] for source in sources], axis=1)
+
+        nothing = np.empty(0, np.float16)
         return _Rows(
             phase=PROMPT if prompt else DECODE,
             sequences=np.array([self._sequences[place] for place in places.tolist()]),
             tokens=np.asarray(running.tokens)[places, columns],
             experts=rows(running.ids, self._dtype),
-            weights=rows(running.weights, np.float16) if self._weights else None,
+            weights=rows(running.weights, np.float16) if self._weights else nothing,
+            pregate=scores(running.pregate) if self._probe is not None else nothing,
         )
+
+
+def _joined(parts: list[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """The rows of all parts, row i of them at `places[i]`; nothing else of that size is allocated."""
+    joined = np.empty((len(places), *parts[0].shape[1:]), parts[0].dtype)
+    first = 0
+    for part in parts:
+        joined[places[first : first + len(part)]] = part
+        first += len(part)
+    return joined

@@ -45,7 +45,7 @@ def plain(tmp_path: Path) -> Path:
 
 def test_a_run_is_recorded(small_moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "t.npz"
-    report = run(str(small_moe), *PROMPTS, "-o", str(file), *SHORT, "--weights")
+    report = run(str(small_moe), *PROMPTS, "-o", str(file), *SHORT, "--weights", "--pregate", "2")
     trace = RoutingTrace.load(file)
     lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=16, batch=2)
     prompts = [lm.encode(prompt).tolist() for prompt in PROMPTS]
@@ -58,7 +58,9 @@ def test_a_run_is_recorded(small_moe: Path, tmp_path: Path, capsys: pytest.Captu
     assert (report["sequences"], report["tokens"]) == (2, sum(map(len, expected)))
     assert report["prompt_tokens"] == sum(map(len, prompts))
     assert (report["moe_layers"], report["experts_per_layer"], report["experts_per_token"]) == (8, 32, 4)
-    assert report["weights"] is True
+    assert (report["weights"], report["pregate"]) == (True, 2)
+    assert trace.pregate is not None
+    assert trace.pregate.shape == (trace.count, 8, 2, 32)
     assert report["stored_bytes"] == file.stat().st_size
     assert report["stats"]["prefill"]["tokens"] == report["prompt_tokens"]
     assert "t.npz' exists: remove it or choose another name" in error(["-", "x", "-o", str(file)], capsys)
@@ -103,6 +105,8 @@ def test_bad_input_is_one_line(
         (["-", "x", "-o", str(tmp_path)], "is a directory: give the name of a file"),
         (["-", "x", "-o", ""], "is a directory: give the name of a file"),
         (["-", "x", "--model", "y", *out], "unrecognized arguments: --model"),
+        (["-", "x", "--pregate", "9", *out], "pre-gate scores 9 layers ahead: give 1 to 8"),
+        (["-", "x", "--pregate", "-1", *out], "argument --pregate: expected a whole number from 0"),
         (["--import", str(plain)], "the following arguments are required: -o/--output"),
         (["--import", str(plain), "x", *out], "unrecognized arguments: x"),
         (["--import", str(plain), "--weights", *out], "unrecognized arguments: --weights"),

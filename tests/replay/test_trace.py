@@ -132,6 +132,8 @@ def test_selected_sequences_are_a_trace() -> None:
 
 def test_a_file_holds_all_of_a_trace(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
+    pregate = rng.random((7, L, 2, E)).astype(np.float16)
+    pregate[:, L - 1, 1:] = 0
     t = trace(
         [4, 3],
         passes=np.array([0, 0, 1, 2, 0, 1, 2]),
@@ -139,7 +141,7 @@ def test_a_file_holds_all_of_a_trace(tmp_path: Path) -> None:
         model="a model",
         block_bytes=6144,
         weights=rng.random((7, L, K)).astype(np.float16),
-        pregate=rng.random((7, L, 2, E)).astype(np.float16),
+        pregate=pregate,
     )
     t.save(tmp_path / "t.npz")
     back = RoutingTrace.load(tmp_path / "t.npz")
@@ -233,6 +235,8 @@ def with_ids(*ids: int) -> dict[str, Any]:
         ({"weights": np.zeros((4, L, K))}, "weights must be float16, got float64"),
         ({"weights": np.zeros((4, L), np.float16)}, r"weights has shape \(4, 2\)"),
         ({"pregate": np.zeros((4, L, 1, E - 1), np.float16)}, r"pregate has shape .* need \(4, 2, 1, 5\)"),
+        ({"pregate": np.zeros((4, L, 0, E), np.float16)}, r"pregate has shape .* need \(4, 2, 1, 5\)"),
+        ({"pregate": np.ones((4, L, 2, E), np.float16)}, "pregate has scores of source 1 for layers past the last, 1:"),
         ({"block_bytes": 0}, "block_bytes is 0"),
         ({"block_bytes": np.array("much")}, "block_bytes must be one whole number"),
         ({"format": "other"}, "its format is 'other'"),

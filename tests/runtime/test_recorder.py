@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ef_jax
 from ef_jax.errors import InputError
+from ef_jax.nn import merge_top, pregate, stack_routers, top_definition
 from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
 
 # 3, 45 and 7 tokens: with two to a batch and chunks of 32, the second needs a second chunk, the third runs alone.
@@ -91,6 +93,46 @@ def test_weights_are_the_routers_in_its_order(lm: Any, prompts: list[list[int]])
     assert weights.dtype == np.float16
     assert (np.diff(weights, axis=-1) <= 0).all()
     np.testing.assert_allclose(weights.sum(axis=-1, dtype=np.float32), 1, atol=0.02)
+
+
+def test_pregate_scores_of_prompts_and_steps_are_the_same(prompts: list[list[int]]) -> None:
+    lm = ef_jax.load(expert_fraction=0.25, batch=2, context=32, chunk=16, dtype="float32")
+    decoded = generate(lm, [prompts[0], prompts[2]], pregate=3)[0]
+    assert decoded.pregate is not None
+    assert (decoded.pregate.dtype, decoded.pregate.shape) == (np.float16, (decoded.count, 8, 3, 32))
+    with lm.trace(pregate=3) as recording:
+        for q in range(2):
+            lm.logits(decoded.select(q, q + 1).tokens)
+    again = recording.trace().pregate
+    np.testing.assert_allclose(again, decoded.pregate, atol=1e-3, rtol=2e-3)
+
+
+def test_pregate_scores_see_what_layers_will_choose(lm: Any, prompts: list[list[int]]) -> None:
+    trace = generate(lm, prompts, pregate=8)[0]
+    assert trace.pregate is not None
+    stack = stack_routers(lm.spec, lm._engine.dense.layers, 8)
+    embedding = merge_top(top_definition(lm.spec)[0], lm._engine.dense.top).embed_tokens(jnp.asarray(trace.tokens))
+    expected = pregate(lm.spec, stack, embedding, jnp.int32(0), 8)
+    np.testing.assert_allclose(trace.pregate[:, 0], expected, atol=0.02)
+    recalls = np.zeros((8, 8))
+    for source in range(8):
+        for target in range(source, 8):
+            guess = np.argsort(-trace.pregate[:, source, target - source].astype(np.float32), axis=-1)[:, :4]
+            hits = (guess[..., None] == trace.experts[:, target, None]).any(-1)
+            recalls[source, target - source] = hits.mean()
+        assert not trace.pregate[:, source, 8 - source :].any()
+    assert (recalls[2:, 0] > 0.5).all()  # by chance 0.125
+    assert recalls[2:6, 0].mean() > recalls[2:6, 1].mean() > recalls[2:6, 2].mean() > 0.3
+
+
+def test_distances_that_no_source_has(lm: Any) -> None:
+    for distances in (9, -1):
+        with (
+            pytest.raises(InputError, match=f"pre-gate scores {distances} layers ahead: give 1 to 8"),
+            lm.trace(pregate=distances),
+        ):
+            pass
+    assert lm._engine.recorder is None
 
 
 def test_a_sequence_that_ends_leaves_its_batch(lm: Any, prompts: list[list[int]]) -> None:
