@@ -119,7 +119,8 @@ class MemoryPlan:
 class FixedBytes:
     """Device bytes that do not depend on the number of slots.
 
-    Blocks in flight take `max(transfer_blocks, transfer_rings x staging slots)` blocks.
+    Blocks in flight take `max(transfer_blocks, transfer_rings x staging slots)` blocks; or, if that is more, those that
+    a layer of a step asks for and `prefetch_blocks`, since prompts are served with no prefetch under way.
     """
 
     dense: int
@@ -128,6 +129,7 @@ class FixedBytes:
     workspace: int
     transfer_blocks: int
     transfer_rings: int
+    prefetch_blocks: int = 0
 
 
 def kv_cache_bytes(spec: ModelSpec, batch: int, context: int) -> int:
@@ -154,13 +156,15 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
     block = spec.block_bytes
 
     def plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:
-        transfers = max(fixed.transfer_blocks, fixed.transfer_rings * staging_slots) * block
+        blocks = max(fixed.transfer_blocks, fixed.transfer_rings * staging_slots)
+        if staging_slots and fixed.prefetch_blocks:
+            blocks = max(blocks, least_staging + fixed.prefetch_blocks)
         sizes = {
             "dense": fixed.dense,
             "kv_cache": fixed.kv_cache,
             "cache_slots": slots * block,
             "staging": staging_slots * block,
-            "transfers": transfers,
+            "transfers": blocks * block,
             "state": fixed.state,
             "workspace": fixed.workspace,
         }

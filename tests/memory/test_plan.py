@@ -57,6 +57,18 @@ def test_a_budget_is_used_to_the_last_slot():
     assert (everything.slots, everything.staging_slots) == (64, 0)
 
 
+def test_prefetches_have_memory_beside_what_a_step_asks_for_unless_prompts_need_more():
+    def transfers(**fixed: int) -> int:
+        plan = make_plan(SPEC, MemoryRequest(expert_fraction=0.5, batch=3), dataclasses.replace(FIXED, **fixed))
+        return plan.transfers // SPEC.block_bytes
+
+    assert transfers(transfer_rings=2, prefetch_blocks=8) == 2 * 16
+    assert transfers(transfer_blocks=8, prefetch_blocks=8) == 3 * 2 + 8
+    assert transfers(transfer_blocks=8) == 8
+    resident = make_plan(SPEC, MemoryRequest(expert_fraction=1.0), dataclasses.replace(FIXED, prefetch_blocks=8))
+    assert resident.transfers == 0  # nothing can miss
+
+
 def test_fractions_count_cache_slots():
     for fraction, slots in ((0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)):
         plan = make_plan(SPEC, MemoryRequest(expert_fraction=fraction), FIXED)
