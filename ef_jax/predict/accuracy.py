@@ -27,7 +27,7 @@ class Accuracy:
 
     def __init__(self, *, layers: int, distances: int) -> None:
         self._layers, self._distances = layers, distances
-        self._held: list[UInt8[np.ndarray, "H+1 E"] | None] = [None] * (layers + 1)  # of this step, by source
+        self._held: list[UInt8[np.ndarray, "distances E"] | None] = [None] * (layers + 1)  # of this step, by source
         self._before: list[frozenset[int]] = [frozenset()] * layers
         self._steps = 0
         self._found = [[0.0] * (distances + 1) for _ in range(layers)]
@@ -39,7 +39,7 @@ class Accuracy:
         self._held = [None] * (self._layers + 1)
         self._steps += 1
 
-    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         """See `Predictor.on_ahead`."""
         self._held[layer + 1] = bins
 

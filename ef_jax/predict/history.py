@@ -40,7 +40,7 @@ class History:
         np.add(self._unused, trust, out=self._this)
         np.add(self._unused, self._rho * trust, out=self._next)  # until the layer has run
 
-    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         pass
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:

@@ -59,7 +59,7 @@ class Oracle:
         self._scores[:, :layers] = self._scores[:, layers:]
         self._read()
 
-    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         pass
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:

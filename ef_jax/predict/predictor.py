@@ -21,7 +21,7 @@ class Predictor(Protocol):
         """A decode step begins; `tokens` are the ids that the active sequences take in, in batch order."""
         ...
 
-    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         """What the residual stream at the router of `layer` says of the layers from `layer` on.
 
         Args:

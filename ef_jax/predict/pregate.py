@@ -33,7 +33,7 @@ class Pregate(History):
         self._layers, self._distances, self._usual = layers, distances, np.float32(top_k / experts)
         self._calibration = Calibration(layers=layers, distances=distances)
         self._tables = self._calibration.tables.reshape(-1)
-        self._held: list[UInt8[np.ndarray, "H+1 E"] | None] = [None] * (layers + 1)  # of this step, by source
+        self._held: list[UInt8[np.ndarray, "distances E"] | None] = [None] * (layers + 1)  # of this step, by source
         self._marks = np.zeros((layers, experts), np.uint8)
         self._kinds = np.zeros((layers, experts), np.intp)  # where an expert's bins are in the tables of distance 1
         self._first_kinds = (np.arange(layers) * (distances * _TABLE))[:, None]
@@ -52,7 +52,7 @@ class Pregate(History):
         self._kinds += self._first_kinds
         self._held = [None] * (self._layers + 1)
 
-    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "H+1 E"]) -> None:
+    def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         self._held[layer + 1] = bins
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:

@@ -83,7 +83,8 @@ class Replays:
         block_bytes = settings.block_bytes or trace.block_bytes
         if settings.links and block_bytes is None:
             raise InputError("the trace does not say how large an expert's block is, and a link needs it: give it")
-        self.trace = dataclasses.replace(trace, block_bytes=block_bytes, weights=None, pregate=None)
+        pregate = trace.pregate if settings.predictor.startswith("pregate") else None
+        self.trace = dataclasses.replace(trace, block_bytes=block_bytes, weights=None, pregate=pregate)
         self.settings = settings
         self._fewest_loads: dict[int, WindowLoads] = {}  # by slots, for every link
         counted = self.trace.select(settings.fit)

@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import Policy, make_policy
 from ef_jax.memory.policies.static import Static
 from ef_jax.memory.residency import Residency
-from ef_jax.predict import History, Oracle, Predictor
+from ef_jax.predict import History, Oracle, PredictionCache, Predictor, Pregate
+from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulated_link import FreeLink, SimulatedLink
 from ef_jax.replay.trace import Pass, RoutingTrace
 from ef_jax.replay.virtual_clock import VirtualClock
@@ -19,7 +20,8 @@ from ef_jax.schedule.scheduler import Prefetch, Scheduler
 from ef_jax.stats import Stats
 from ef_jax.timeline import COMPUTE, STEPS, Timeline
 
-PREDICTORS = ("none", "history", "oracle")
+PREDICTORS = ("none", "history", "pregate", "oracle", "history+cache", "pregate+cache")
+"""A name with "+cache" puts a `PredictionCache` before the predictor."""
 
 
 def simulate(
@@ -37,6 +39,7 @@ def simulate(
     predictor: str | Predictor = "none",
     prefetch: Prefetch = "off",
     candidates: str = "value",
+    bins: UInt8[np.ndarray, "N L distances E"] | None = None,
     timeline: Timeline | None = None,
     on_pass: Callable[[Pass, Residency], None] | None = None,
 ) -> Stats:
@@ -56,9 +59,11 @@ def simulate(
       compute_seconds: virtual seconds from one layer's routing to the next layer's in a step: one figure, or one a
         layer; see `compute_seconds_per_layer`.
       prompt_seconds: the same in a prompt's chunk; the waves of a layer share them by their rows.
-      predictor: a name of `PREDICTORS`, or an object.
+      predictor: a name of `PREDICTORS`, or an object. It hears pre-gate bins if `bins` are given, or if it is called
+        "pregate" and the trace has scores.
       prefetch: as for `Scheduler`; anything but "off" needs a predictor and a link.
       candidates: as for `Scheduler`.
+      bins: what the pre-gate says at each row, see `PregateBins`; corrected scores, say. None: the trace's scores.
       timeline: hears of what is counted, in virtual seconds; needs a link.
       on_pass: called after each pass that is counted.
 
@@ -68,6 +73,9 @@ def simulate(
     if not 0 <= fit < trace.sequences:
         raise InputError(f"fit {fit}: leave at least one of the {trace.sequences} sequences to be counted")
     parts = [trace.select(0, fit), trace.select(fit)] if fit else [trace]
+    said = None
+    if bins is not None or (isinstance(predictor, str) and predictor.startswith("pregate")):
+        said = PregateBins(trace, bins)
     replay = Replay(
         layers=trace.layers,
         experts=trace.num_experts,
@@ -78,40 +86,57 @@ def simulate(
         link=link,
         compute_seconds=compute_seconds,
         prompt_seconds=prompt_seconds,
-        predictor=make_predictor(predictor, parts, batch=batch) if isinstance(predictor, str) else predictor,
+        predictor=predictor
+        if not isinstance(predictor, str)
+        else make_predictor(predictor, parts, batch=batch, distances=said.distances if said is not None else 0),
         prefetch=prefetch,
         candidates=candidates,
     )
     made = replay.residency.policy
     if fit and policy == "static" and isinstance(made, Static):
         made.choose(_uses(parts[0]))
-    for part in parts:
+    for part, first in zip(parts, (0, parts[0].count), strict=False):
         replay.stats.reset()
         if timeline is not None and part is parts[-1]:
             replay.show(timeline)
         for step in part.steps(batch):
-            replay.run(step)
+            ahead = None if said is None or step.prompt else said.of_step([first + row for row in step.rows])
+            replay.run(step, ahead)
             if on_pass is not None and part is parts[-1]:
                 on_pass(step, replay.residency)
         replay.end_run()
     return replay.stats
 
 
-def make_predictor(name: str, parts: Sequence[RoutingTrace], *, batch: int | None) -> Predictor | None:
+def make_predictor(
+    name: str, parts: Sequence[RoutingTrace], *, batch: int | None, distances: int = 0
+) -> Predictor | None:
     """The predictor called `name` for a replay of some traces, one after another; None for "none".
+
+    Args:
+      name: one of `PREDICTORS`.
+      parts: the traces.
+      batch: as for `simulate`.
+      distances: for which it will hear bins.
 
     Raises:
       InputError: no such predictor.
     """
-    shape = {"layers": parts[0].layers, "experts": parts[0].num_experts}
-    if name == "history":
-        return History(**shape)
-    if name == "oracle":
-        steps = itertools.chain.from_iterable(part.steps(batch) for part in parts)
-        return Oracle((step.routes for step in steps if not step.prompt), **shape)
-    if name != "none":
+    if name not in PREDICTORS:
         raise InputError(f"predictor {name!r:.60} is not one of {', '.join(PREDICTORS)}")
-    return None
+    shape = {"layers": parts[0].layers, "experts": parts[0].num_experts}
+    name, _, cache = name.partition("+")
+    predictor: Predictor
+    if name == "history":
+        predictor = History(**shape)
+    elif name == "pregate":
+        predictor = Pregate(**shape, top_k=parts[0].top_k, distances=distances)
+    elif name == "oracle":
+        steps = itertools.chain.from_iterable(part.steps(batch) for part in parts)
+        predictor = Oracle((step.routes for step in steps if not step.prompt), **shape)
+    else:
+        return None
+    return PredictionCache(predictor) if cache else predictor
 
 
 def compute_seconds_per_layer(stats: Stats) -> float:
@@ -200,14 +225,14 @@ class Replay:
         self._timeline = timeline
         self._scheduler.show(timeline)
 
-    def run(self, step: Pass) -> None:
-        """One pass."""
+    def run(self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None = None) -> None:
+        """One pass; `ahead` is what the pre-gate says in a step of decoding, by source."""
         phase = self.stats.prefill if step.counts is not None else self.stats.decode
         began, busy = self._clock.now, self._busy
         if step.counts is not None:
             self._run_prompt(step.counts)
         else:
-            self._run_step(step)
+            self._run_step(step, ahead)
         phase.steps += 1
         phase.tokens += len(step.tokens)
         phase.seconds += self._clock.now - began
@@ -223,15 +248,16 @@ class Replay:
     def _busy(self) -> float:
         return self._link.busy_seconds if self._link is not None else 0.0
 
-    def _run_step(self, step: Pass) -> None:
-        serve = self._scheduler.serve
-        self._scheduler.begin_step(step.tokens)
+    def _run_step(self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None) -> None:
+        serve, layers = self._scheduler.serve, len(step.routes)
+        of_source: list[np.ndarray | None] = [None] * (layers + 1) if ahead is None else [*ahead, None]
+        self._scheduler.begin_step(step.tokens, of_source[0])
         if self._link is None:
             for layer, rows in enumerate(step.routes):
-                serve(layer, rows)
+                serve(layer, rows, of_source[layer + 1])
         else:
             for layer, (rows, seconds) in enumerate(zip(step.routes, self._step_seconds, strict=True)):
-                serve(layer, rows)
+                serve(layer, rows, of_source[layer + 1])
                 self._compute(f"layer {layer}", seconds)
 
     def _run_prompt(self, chunk: np.ndarray) -> None:
