@@ -44,7 +44,8 @@ class SingleProgram:
                 entered, k, v = steps.enter_layer(spec, layer.ffn, layers[index], x, k, v, positions, window, span)
                 new_caches.append((k, v))
                 if isinstance(entered, steps.Routed):
-                    output = steps.run_experts(spec, entered, pool, jnp.asarray(slot_of[moe_index[index]]))
+                    outputs = steps.run_experts(spec, entered, pool, jnp.asarray(slot_of[moe_index[index]]))
+                    output = steps.combine_step(spec, entered, outputs)
                     entered = steps.finish_experts(spec, finish[index], entered, output)
                 x = entered
             chosen, _ = sample(ends.logits(x[:, 0]), seen, number, sampling)

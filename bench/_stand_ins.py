@@ -97,20 +97,20 @@ class Playback:
         program = self._programs.head()
 
         def call(*arguments: Any) -> tuple[Any, ...]:
-            tokens, logprobs, seen = self._call(program, arguments)
-            return self._timed(tokens), logprobs, seen
+            tokens, *others = self._call(program, arguments)
+            return self._timed(tokens), *others
 
         return call
 
     def _layer(self, program: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> tuple[Any, ...]:
-            carried, *caches = self._call(program, arguments)
+            carried, *others = self._call(program, arguments)
             if isinstance(carried, Routed):
                 ids = carried.ids if self._routes is None else next(self._routes)
                 if self._routes is None:
                     self.taken.append(ids)
                 carried = carried._replace(ids=self._timed(ids))
-            return carried, *caches
+            return carried, *others
 
         return call
 

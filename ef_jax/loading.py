@@ -23,12 +23,19 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
+from ef_jax.predict import History, Predictor
+from ef_jax.predict.pregate import Pregate
+from ef_jax.prefetching import Prefetching, settle
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec, look_ahead_bytes
 from ef_jax.runtime.programs import Programs
 from ef_jax.schedule.device_link import DeviceLink, blocks_in_flight, resolve_copy_mode
+from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.link_model import LinkModel
+from ef_jax.schedule.token_order import check_order
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
@@ -53,8 +60,13 @@ def load(
     context: int | None = None,
     chunk: int = 256,
     policy: str = "lru",
+    prefetch: int | str = "auto",
+    predictor: str | Path | None = None,
+    candidates: str = "value",
+    order: str = "auto",
     dtype: str | None = None,
     copy_mode: str | None = None,
+    emulate_link: str | LinkModel | None = None,
     device: jax.Device | None = None,
     progress: bool | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -70,8 +82,20 @@ def load(
       context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most.
       chunk: tokens a sequence that one prefill pass takes.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
+      prefetch: how far ahead experts are fetched that are likely to be used: "auto" lets a controller decide layer by
+        layer from what it measures, a number is a fixed horizon in layers, "off" fetches what is needed when it is.
+        Where copies cannot overlap with compute (on CPU, unless `copy_mode` or `emulate_link` say so), "auto" is off;
+        `stats.horizon` says so.
+      predictor: what says which experts are likely: "pregate" (coming layers' routers on the hidden state of now),
+        "history" (what was used before), "none", or the directory of a predictor that `ef-jax train-predictor` made for
+        this model. None: the pre-gate, or none where nothing is prefetched. No predictor changes a result.
+      candidates: how prefetches are chosen, a name of `ef_jax.schedule.prefetch.CANDIDATES`.
+      order: "resident_first" runs the rows of resident experts while others are on their way, "together" waits for
+        all; "auto" decides by how long it would wait. It does not change a result.
       dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
       copy_mode: how blocks cross the link, see `DeviceLink`; None: the default of the device.
+      emulate_link: hold copies back as if the link had this bandwidth and latency: a `LinkModel`, or "25GB/s" or
+        "25GB/s+10us".
       device: a JAX device; None: the first.
       progress: show a progress bar; None: on a terminal.
       on_plan: called with the memory plan before anything is allocated.
@@ -89,8 +113,15 @@ def load(
             spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch, context=context,
             chunk=chunk,
         )  # fmt: skip
+        mode = resolve_copy_mode(copy_mode, device)
+        emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
+        settled = settle(
+            spec, prefetch=prefetch, predictor=predictor, overlaps=mode == "async" or emulated is not None
+        )
+        checked_order = check_order(order)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
-        plan, programs = plan_model(spec, request, device, copy_mode)
+        look = _look_ahead_spec(spec, settled)
+        plan, programs = plan_model(spec, request, device, copy_mode, look)
         check_host_pool(spec, device.platform)
         _LOG.info("%s", plan)
         if on_plan is not None:
@@ -98,7 +129,8 @@ def load(
         with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
             dense = DenseWeights.load(checkpoint, device, advance=bar.update)
             store = HostStore.load(checkpoint, device, advance=bar.update)
-    link = DeviceLink(spec, store, device, slots=plan.slots + plan.staging_slots, mode=copy_mode)
+    device_link = DeviceLink(spec, store, device, slots=plan.slots + plan.staging_slots, mode=copy_mode)
+    link = device_link if emulated is None else EmulatedLink(device_link, emulated)
     residency = Residency(
         layers=len(spec.moe_layers),
         experts=spec.experts.count,
@@ -107,8 +139,24 @@ def load(
         policy=make_policy(policy, layers=len(spec.moe_layers), experts=spec.experts.count, cache_slots=plan.slots),
     )
     if plan.slots == spec.total_experts:
-        _fill(residency, link)
-    engine = Engine(spec, plan, programs, dense, residency, link, device)
+        _fill(residency, device_link)
+        settled, look, programs = settled.all_resident(), None, programs.without_look_ahead()
+    engine = Engine(
+        spec,
+        plan,
+        programs,
+        dense,
+        residency,
+        link,
+        device,
+        look_ahead=None if look is None else LookAhead(
+            spec, look, dense, batch=plan.batch, sharding=jax.sharding.SingleDeviceSharding(device)
+        ),
+        predictor=_predictor(spec, settled),
+        prefetching=settled,
+        candidates=candidates,
+        order=checked_order,
+    )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
 
 
@@ -148,7 +196,11 @@ def make_request(
 
 
 def plan_model(
-    spec: ModelSpec, request: MemoryRequest, device: jax.Device, copy_mode: str | None = None
+    spec: ModelSpec,
+    request: MemoryRequest,
+    device: jax.Device,
+    copy_mode: str | None = None,
+    look_ahead: LookAheadSpec | None = None,
 ) -> tuple[MemoryPlan, Programs]:
     """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
 
@@ -160,6 +212,7 @@ def plan_model(
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
             dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
+            look_ahead=look_ahead_bytes(spec, look_ahead, request.batch),
             kv_cache=kv_cache_bytes(spec, request.batch, request.context),
             state=request.batch * (spec.vocab + 64),
             workspace=workspace,
@@ -181,6 +234,7 @@ def plan_model(
         chunk=request.chunk,
         pool_slots=pool_slots,
         sharding=jax.sharding.SingleDeviceSharding(device),
+        look_ahead=look_ahead,
     )
     while True:
         programs.compile_largest()
@@ -199,3 +253,17 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
             link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
             link.pool.array.block_until_ready()
     link.bytes_moved, link.seconds = 0, 0.0
+
+
+def _look_ahead_spec(spec: ModelSpec, settled: Prefetching) -> LookAheadSpec | None:
+    distances = settled.distances(spec)
+    return LookAheadSpec(distances=distances) if distances else None
+
+
+def _predictor(spec: ModelSpec, settled: Prefetching) -> Predictor | None:
+    shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
+    if settled.predictor == "history":
+        return History(**shape)
+    if settled.predictor == "pregate":
+        return Pregate(**shape, top_k=spec.experts.top_k, distances=settled.distances(spec))
+    return None

@@ -59,6 +59,7 @@ class MemoryPlan:
     cache_slots: int
     staging: int
     transfers: int
+    look_ahead: int
     state: int
     workspace: int
     reserve: int
@@ -76,7 +77,9 @@ class MemoryPlan:
     @property
     def items(self) -> dict[str, int]:
         """Device bytes by item."""
-        names = ("dense", "kv_cache", "cache_slots", "staging", "transfers", "state", "workspace", "reserve")
+        names = (
+            "dense", "kv_cache", "cache_slots", "staging", "transfers", "look_ahead", "state", "workspace", "reserve"
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -105,6 +108,7 @@ class MemoryPlan:
             "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}",
             "staging": f"{self.staging_slots} blocks that pass through",
             "transfers": "blocks in flight",
+            "look_ahead": "routers of coming layers, trained predictor",
             "state": "sampling",
             "workspace": f"largest program, prompt chunks of {self.chunk} tokens",
             "reserve": "allocator slack",
@@ -125,6 +129,7 @@ class FixedBytes:
 
     dense: int
     kv_cache: int
+    look_ahead: int
     state: int
     workspace: int
     transfer_blocks: int
@@ -165,6 +170,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
             "cache_slots": slots * block,
             "staging": staging_slots * block,
             "transfers": blocks * block,
+            "look_ahead": fixed.look_ahead,
             "state": fixed.state,
             "workspace": fixed.workspace,
         }

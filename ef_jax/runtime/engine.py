@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.plan import MemoryPlan
@@ -12,13 +13,18 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
 from ef_jax.runtime.batch import Batch
+from ef_jax.predict import Predictor
+from ef_jax.prefetching import Prefetching
 from ef_jax.runtime.dense import DenseWeights
+from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.recorder import Recorder
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.device_link import DeviceLink
+from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.scheduler import Scheduler
+from ef_jax.schedule.token_order import Order, run_there_first
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
 
@@ -33,11 +39,18 @@ class Engine:
         programs: Programs,
         dense: DenseWeights,
         residency: Residency,
-        link: DeviceLink,
+        link: DeviceLink | EmulatedLink,
         device: jax.Device,
+        *,
+        look_ahead: LookAhead | None = None,
+        predictor: Predictor | None = None,
+        prefetching: Prefetching = Prefetching(prefetch="off", predictor="none"),
+        candidates: str = "value",
+        order: Order = "auto",
     ) -> None:
         self.spec, self.plan, self.programs = spec, plan, programs
         self.link, self.device = link, device
+        self.look_ahead, self.order = look_ahead, order
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
             experts=spec.total_experts,
@@ -50,7 +63,24 @@ class Engine:
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
         self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
-        self.scheduler = Scheduler(residency, link, self.stats, block_bytes=plan.block_bytes, wave_size=MAX_INSERT)
+        looks = look_ahead.looks if look_ahead is not None else [None] * (1 + len(self._moe_index))
+        self._first_look, self._looks = looks[0], [
+            looks[1 + self._moe_index[layer]] if layer in self._moe_index else None for layer in range(len(spec.layers))
+        ]
+        self._report: jax.Array | None = None
+        self._token_report: Report | None = None
+        chosen = plan.batch * spec.experts.top_k
+        self._no_outputs = jnp.zeros((chosen, spec.hidden), jnp.dtype(spec.dtype), device=self._batch.sharding)
+        self.scheduler = Scheduler(
+            residency,
+            link,
+            self.stats,
+            block_bytes=plan.block_bytes,
+            wave_size=MAX_INSERT,
+            predictor=predictor,
+            prefetch=prefetching.prefetch,
+            candidates=candidates,
+        )
 
     @property
     def residency(self) -> Residency:
@@ -80,6 +110,8 @@ class Engine:
         batch = self._batch
         began = time.perf_counter()
         batch.begin(prompts, sampling)
+        if self.look_ahead is not None:
+            self.look_ahead.reset()
         for _ in self._prompt_chunks(prompts):
             pass
         tokens, logprobs = self._choose(batch.last)
@@ -100,11 +132,16 @@ class Engine:
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
         span = self.programs.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
-        self.scheduler.begin_step(batch.inputs[batch.active].tolist())
+        ahead = self._token_report
+        self.scheduler.begin_step(
+            batch.inputs[batch.active].tolist(),
+            None if ahead is None else ahead.bins,
+            diversity=None if ahead is None else ahead.diversity,
+        )
         carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, deferred))
         tokens, logprobs = self._choose(self.programs.end_step()(self._dense.finish[-1], carried))
         for index, ids in deferred:
-            phase.hits[index] += len(set(np.asarray(ids).ravel().tolist()) - {-1})
+            self.scheduler.note(index, _rows(ids))
         batch.length[batch.active] += 1
         phase.seconds += time.perf_counter() - began
         phase.tokens += int(batch.active.sum())
@@ -116,8 +153,9 @@ class Engine:
         self._batch.active[sequence] = False
 
     def finish(self) -> None:
-        """The batch is done: note the peak of device memory."""
+        """The batch is done: nothing is fetched for it any more; note the peak of device memory."""
         self._batch.active[:] = False
+        self.scheduler.end_run()
         self._note_peak()
 
     def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
@@ -147,11 +185,22 @@ class Engine:
 
     def _choose(self, last: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """The next token of every sequence, `[B]`, and its log-probability, from its last residual row `[B, D]`."""
-        batch = self._batch
-        batch.tokens, logprobs, batch.seen = self.programs.head()(
-            last, self._dense.top, batch.seen, batch.step.copy(), batch.sampling
+        batch, looking = self._batch, self.look_ahead
+        state = None if looking is None else looking.state
+        batch.tokens, logprobs, batch.seen, ahead = self.programs.head()(
+            last,
+            self._dense.top,
+            batch.seen,
+            batch.step.copy(),
+            batch.sampling,
+            batch.active.copy(),
+            self._first_look,
+            state,
         )
         batch.step += 1
+        if looking is not None:
+            report, looking.state = ahead
+            self._token_report = read_token_report(self.spec, report)
         batch.inputs = np.asarray(batch.tokens)[:, 0]
         return batch.inputs, np.asarray(logprobs)
 
@@ -181,28 +230,73 @@ class Engine:
         run = self.programs.layers(width, span)
         if self.recorder is not None:
             serve = self.recorder.listen(serve, tokens, positions)
-        carried, batch.k[0], batch.v[0], positions = run[0](
-            self._dense.top, tokens, layers[0], batch.k[0], batch.v[0], windows[0], positions
+        looks = self._looks if width == 1 else [None] * len(layers)
+        carried, batch.k[0], batch.v[0], ahead, positions = run[0](
+            self._dense.top,
+            tokens,
+            layers[0],
+            batch.k[0],
+            batch.v[0],
+            windows[0],
+            positions,
+            looks[0],
+            self._look_state(looks[0]),
         )
+        self._hear(ahead)
         for layer in range(1, len(layers)):
             before = layer - 1
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
-            carried, batch.k[layer], batch.v[layer] = run[layer](
-                finish[before], carried, layers[layer], batch.k[layer], batch.v[layer], windows[layer], positions
+            carried, batch.k[layer], batch.v[layer], ahead = run[layer](
+                finish[before],
+                carried,
+                layers[layer],
+                batch.k[layer],
+                batch.v[layer],
+                windows[layer],
+                positions,
+                looks[layer],
+                self._look_state(looks[layer]),
             )
+            self._hear(ahead)
         last = len(layers) - 1
         return serve(self._moe_index[last], carried) if last in self._moe_index else carried
 
+    def _look_state(self, look: Look | None) -> jax.Array | None:
+        return None if look is None or self.look_ahead is None else self.look_ahead.state
+
+    def _hear(self, ahead: tuple[jax.Array, jax.Array | None] | None) -> None:
+        """Keep what a program said of coming layers."""
+        if ahead is None or self.look_ahead is None:
+            self._report = None
+        else:
+            self._report, self.look_ahead.state = ahead
+
     def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
         """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
-        residency, pool = self.residency, self.link.pool
-        if residency.all_resident:
+        scheduler, residency, link = self.scheduler, self.residency, self.link
+        outputs = self._no_outputs
+        if scheduler.cannot_miss(index):
             deferred.append((index, routed.ids))
-            return routed, pool.array, residency.slot_of[index].copy()
-        rows = [row for row in np.asarray(routed.ids)[:, 0].tolist() if row[0] >= 0]
-        admission = self.scheduler.serve(index, rows)
-        return routed, pool.array, residency.slot_row(index, admission)
+            return routed, link.pool.array, residency.slot_of[index].copy(), outputs
+        if self._report is None:
+            admission = scheduler.ask(index, _rows(routed.ids))
+        else:
+            report = read_report(self.spec, self._report, self.plan.batch)
+            admission = scheduler.ask(index, report.ids, report.bins)
+        if not (admission.missing or admission.late):
+            return routed, link.pool.array, residency.slot_row(index, admission), outputs
+        if not run_there_first(self.order, admission, link):
+            scheduler.complete(admission)
+            return routed, link.pool.array, residency.slot_row(index, admission), outputs
+        coming = [*admission.missing, *admission.late]
+        there = residency.slot_row(index, admission)
+        there[coming] = -1
+        outputs = self.programs.there()(routed, link.pool.array, there, outputs)
+        scheduler.complete(admission)
+        rest = np.full_like(there, -1)
+        rest[coming] = residency.slot_row(index, admission)[coming]
+        return routed, link.pool.array, rest, outputs
 
     def _serve_prompt(self, wave, index: int, carried):  # type: ignore[no-untyped-def]
         """Outputs of every routed row of MoE layer `index`, wave by wave."""
@@ -218,3 +312,8 @@ class Engine:
             if array.sharding.memory_kind == "device" and self.device in array.sharding.device_set
         )
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.programs.temp_bytes)
+
+
+def _rows(ids: jax.Array) -> list[list[int]]:
+    """The experts of each active sequence of a step, `[B, 1, K]`; waits for them."""
+    return [row for row in np.asarray(ids)[:, 0].tolist() if row[0] >= 0]

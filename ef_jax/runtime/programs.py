@@ -4,10 +4,12 @@ Ahead-of-time executables are called directly. A call with another shape raises 
 "no recompilation" is enforced, and each executable's own memory analysis gives the plan its workspace.
 
 A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
-`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`. Arguments are in the order that each
-docstring gives them. "finish" are the leaves of `finish_paths`, none for a dense layer. "carried" is what a layer
-hands to the next program: for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row)` when
-decoding and `(Routed, order, outputs)` in a prompt.
+`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet may
+run those that are by `there`. Arguments are in the order that each docstring gives them. "finish" are the leaves of
+`finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program: for a dense layer the
+residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding, with the outputs of the experts
+that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the arguments of a look ahead and
+"ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody looks ahead.
 """
 
 import concurrent.futures
@@ -24,6 +26,7 @@ import numpy as np
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import cache_shape, dense_shapes, finish_paths, layer_definition, merge_top, top_definition
 from ef_jax.runtime import steps
+from ef_jax.runtime.look_ahead import LookAheadSpec, look_from_layer, look_from_token, look_shapes, state_shape
 from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
 from ef_jax.spec import ModelSpec
 from pallas_kernels import storage_dtype
@@ -46,9 +49,18 @@ class Programs:
     """
 
     def __init__(
-        self, spec: ModelSpec, *, batch: int, context: int, chunk: int, pool_slots: int, sharding: jax.sharding.Sharding
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        context: int,
+        chunk: int,
+        pool_slots: int,
+        sharding: jax.sharding.Sharding,
+        look_ahead: LookAheadSpec | None = None,
     ) -> None:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
+        self.look_ahead = look_ahead
         self.chunk_widths = chunk_widths(min(chunk, context))
         self.spans = spans(context)
         self._sharding = sharding
@@ -65,11 +77,18 @@ class Programs:
         other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
         return other
 
+    def without_look_ahead(self) -> "Programs":
+        """The same programs without a look ahead; those that have none stay compiled."""
+        other = copy.copy(self)
+        other.look_ahead, other._memory, other._passes = None, {}, {}
+        other._compiled = {key: program for key, program in self._compiled.items() if not self._looks_ahead(key)}
+        return other
+
     def compile_all(self) -> None:
         """Compile every program for every width and span."""
         widths = (1, *self.chunk_widths)
         passes = [program for width in widths for span in self.spans for program in self._pass(width, span)]
-        _in_parallel([*passes, self.end_step, self.head, self.logits])
+        _in_parallel([*passes, self.there, self.end_step, self.head, self.logits])
 
     def compile_largest(self) -> None:
         """Compile the programs with the largest workspace: the widest chunk over the whole context, and the heads."""
@@ -85,6 +104,8 @@ class Programs:
         for span in self.spans if until > longest else ():
             if self.span(longest + 1) <= span <= self.span(until):
                 wanted += self._pass(1, span)
+        if until > longest and self.pool_slots < self.spec.total_experts:
+            wanted.append(self.there)
         _in_parallel(wanted)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
@@ -128,36 +149,49 @@ class Programs:
         return passes
 
     def begin(self, width: int, span: int) -> Compiled:
-        """`(top, tokens, leaves, k, v, window, positions) -> carried, k, v, positions`: embedding and first layer.
+        """`(top, tokens, leaves, k, v, window, positions, look, state) -> carried, k, v, ahead, positions`: embedding
+        and first layer. `k`, `v` and `state` are donated.
 
         Positions come back as a device array, which the other layers take without another copy.
         """
         kind = self._kinds[0]
 
-        def begin(top, tokens, leaves, k, v, window, positions):  # type: ignore[no-untyped-def]
+        def begin(top, tokens, leaves, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
-            return *self._enter(width, span, kind, leaves, x, k, v, window, positions), positions
+            return *self._enter(width, span, kind, leaves, x, k, v, window, positions, look, state), positions
 
         def inputs() -> tuple[Any, ...]:
             tokens = self._device_int(self.batch, 1) if width == 1 else self._int(self.batch, width)
             positions = self._int(self.batch, width)
-            return (self._top_leaves(), tokens, self._leaves(kind), *self._layer_inputs(), positions)
+            layer = (self._leaves(kind), *self._layer_inputs(), positions, *self._look(width, kind))
+            return (self._top_leaves(), tokens, *layer)
 
-        return self._program(("begin", width, span), begin, inputs, donate=(3, 4))
+        return self._program(("begin", width, span), begin, inputs, donate=(3, 4, 8))
 
     def between(self, width: int, span: int, before: steps.FFNKind, after: steps.FFNKind) -> Compiled:
-        """`(finish, carried, next leaves, k, v, window, positions) -> carried, k, v`: from one layer into the next."""
+        """`(finish, carried, next leaves, k, v, window, positions, look, state) -> carried, k, v, ahead`: from one
+        layer into the next. `k`, `v` and `state` are donated."""
 
-        def between(finish, carried, leaves, k, v, window, positions):  # type: ignore[no-untyped-def]
+        def between(finish, carried, leaves, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
             x = self._leave(width, before, finish, carried)
-            return self._enter(width, span, after, leaves, x, k, v, window, positions)
+            return self._enter(width, span, after, leaves, x, k, v, window, positions, look, state)
 
         def inputs() -> tuple[Any, ...]:
             carried = self._carried(width, before)
             positions = self._device_int(self.batch, width)
-            return (self._finish(before), carried, self._leaves(after), *self._layer_inputs(), positions)
+            layer = (self._leaves(after), *self._layer_inputs(), positions, *self._look(width, after))
+            return (self._finish(before), carried, *layer)
 
-        return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4))
+        return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4, 8))
+
+    def there(self) -> Compiled:
+        """`(Routed, pool, slot_row, outputs) -> outputs`: in a decode step, the experts that have their slots while
+        others are still on their way."""
+
+        def there(routed, pool, slot_row, outputs):  # type: ignore[no-untyped-def]
+            return steps.run_experts(self.spec, routed, pool, slot_row, outputs)
+
+        return self._program(("there",), there, lambda: self._carried(1, "moe"))
 
     def wave(self, width: int) -> Compiled:
         """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
@@ -198,19 +232,27 @@ class Programs:
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
 
     def head(self) -> Compiled:
-        """`(last [B, D], top, seen, step, sampling) -> tokens [B, 1], logprobs [B], seen` (donated): the next token."""
+        """`(last [B, D], top, seen, step, sampling, active [B], look, state) -> tokens [B, 1], logprobs [B], seen,
+        ahead`: the next token. `seen` and `state` are donated."""
 
-        def head(last, top, seen, step, sampling):  # type: ignore[no-untyped-def]
-            logits = self._top(top).logits(last)
+        def head(last, top, seen, step, sampling, active, look, state):  # type: ignore[no-untyped-def]
+            ends = self._top(top)
+            logits = ends.logits(last)
             with jax.named_scope("sample"):
                 tokens, logprobs = sample(logits, seen, step, sampling)
+            ahead = None
+            if self.look_ahead is not None:
+                embedded = ends.embed_tokens(tokens)
+                ahead = look_from_token(self.spec, self.look_ahead, look, embedded, tokens, active, state)
             chosen = tokens[:, None]
-            return chosen, logprobs, mark_seen(seen, chosen, jnp.ones_like(chosen, bool))
+            return chosen, logprobs, mark_seen(seen, chosen, jnp.ones_like(chosen, bool)), ahead
 
         def inputs() -> tuple[Any, ...]:
-            return (self._float(self.batch, self.spec.hidden), self._top_leaves(), *self._sampling_inputs())
+            active = jax.ShapeDtypeStruct((self.batch,), np.bool_)
+            last = self._float(self.batch, self.spec.hidden)
+            return (last, self._top_leaves(), *self._sampling_inputs(), active, *self._look(1, "moe"))
 
-        return self._program(("head",), head, inputs, donate=(2,))
+        return self._program(("head",), head, inputs, donate=(2, 7))
 
     def logits(self) -> Compiled:
         """`(rows [LOGIT_ROWS, D], top) -> f32 [LOGIT_ROWS, V]`."""
@@ -243,21 +285,32 @@ class Programs:
         name = key[0]
         if name == "between":
             return bool(key[1] == 1 and key[3] == "moe")
-        return name == "wave" or (name == "end_step" and self._kinds[-1] == "moe")
+        return name in ("wave", "there") or (name == "end_step" and self._kinds[-1] == "moe")
 
-    def _enter(self, width, span, kind, leaves, x, k, v, window, positions):  # type: ignore[no-untyped-def]
+    def _looks_ahead(self, key: tuple[Any, ...]) -> bool:
+        if self.look_ahead is None:
+            return False
+        if key[0] in ("begin", "between"):
+            return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]) == "moe")
+        return bool(key[0] == "head")
+
+    def _enter(self, width, span, kind, leaves, x, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
         entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)
-        if not isinstance(entered, steps.Routed) or width == 1:
-            return entered, k, v
+        if not isinstance(entered, steps.Routed):
+            return entered, k, v, None
+        if width == 1:
+            ahead = look and look_from_layer(self.spec, self.look_ahead, look, entered, state)
+            return entered, k, v, ahead
         rows = steps.sort_rows(entered, self.spec.experts.count)
-        return (entered, rows, jnp.zeros_like(rows.rows)), k, v
+        return (entered, rows, jnp.zeros_like(rows.rows)), k, v, None
 
     def _leave(self, width, kind, finish, carried):  # type: ignore[no-untyped-def]
         if kind == "dense":
             return carried
         if width == 1:
-            routed, pool, slot_row = carried
-            output = steps.run_experts(self.spec, routed, pool, slot_row)
+            routed, *slots_and_outputs = carried
+            outputs = steps.run_experts(self.spec, routed, *slots_and_outputs)
+            output = steps.combine_step(self.spec, routed, outputs)
         else:
             routed, order, outputs = carried
             output = steps.combine(outputs, order, routed.weights)
@@ -275,7 +328,8 @@ class Programs:
     ) -> Compiled:
         if key not in self._compiled:
             pool_slots = self.pool_slots if self._reads_pool(key) else None
-            place = (self.spec, self.batch, self.context, pool_slots, self._sharding, key)
+            look_ahead = self.look_ahead if self._looks_ahead(key) else None
+            place = (self.spec, self.batch, self.context, pool_slots, look_ahead, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
@@ -337,9 +391,20 @@ class Programs:
         if kind == "dense":
             return self._float(self.batch, width, self.spec.hidden)
         if width == 1:
-            return self._routed(1), self._pool(), self._int(self.spec.experts.count)
+            outputs = self._float(self.batch * self.spec.experts.top_k, self.spec.hidden)
+            return self._routed(1), self._pool(), self._int(self.spec.experts.count), outputs
         rows, outputs = self._sorted(width)
         return self._routed(width), rows.order, outputs
+
+    def _look(self, width: int, kind: steps.FFNKind) -> tuple[Any, Any]:
+        """Arguments "look" and "state" of a program that ends in a layer of this kind."""
+        if self.look_ahead is None or width > 1 or kind == "dense":
+            return None, None
+        state = None
+        if self.look_ahead.correction is not None:
+            shape = state_shape(self.look_ahead.correction, self.batch)
+            state = self._array(shape.shape, shape.dtype)
+        return look_shapes(self.spec, self.look_ahead, self._sharding), state
 
     def _sampling_inputs(self) -> tuple[Any, ...]:
         seen = self._array((self.batch, self.spec.vocab), np.bool_)

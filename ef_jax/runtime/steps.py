@@ -73,19 +73,40 @@ def weighted_sum(outputs: Float[Array, "B T K D"], weights: Float[Array, "B T K"
 
 
 def run_experts(
-    spec: ModelSpec, routed: Routed, pool: Shaped[Array, "S 3 F D"], slot_row: Int32[Array, "E"]
-) -> Float[Array, "B T D"]:
-    """The routed experts of a decode step, straight from their slots."""
-    run = functools.partial(grouped_ffn, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS)
+    spec: ModelSpec,
+    routed: Routed,
+    pool: Shaped[Array, "S 3 F D"],
+    slot_row: Int32[Array, "E"],
+    out: Float[Array, "M D"] | None = None,
+) -> Float[Array, "M D"]:
+    """Outputs of the routed experts of a decode step, straight from their slots.
+
+    Experts that `slot_row` gives no slot (-1) leave their rows as `out` has them, so that a step can run the experts
+    that are there before those that are still on their way; no row's result depends on which call computes it.
+
+    Returns:
+      One row a token and expert, in the order that `combine_step` takes them.
+    """
+    run = functools.partial(grouped_ffn, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS, out=out)
     with jax.named_scope("experts"):
-        if routed.ids.shape[:2] == (1, 1):  # one token's experts are distinct: its rows need no sorting
+        if _single(routed):
             ids = routed.ids.reshape(-1)
             x = jnp.broadcast_to(routed.h.reshape(1, -1), (ids.shape[0], routed.h.shape[-1]))
-            outputs = run(x, pool, jnp.where(ids < 0, -1, slot_row[ids]), None)
-            return weighted_sum(outputs.reshape(*routed.ids.shape, -1), routed.weights)
+            return run(x, pool, jnp.where(ids < 0, -1, slot_row[ids]), None)
         rows = sort_rows(routed, spec.experts.count)
-        outputs = run(rows.rows, pool, slot_row, rows.sizes)
-        return combine(outputs, rows.order, routed.weights)
+        return run(rows.rows, pool, slot_row, rows.sizes)
+
+
+def combine_step(spec: ModelSpec, routed: Routed, outputs: Float[Array, "M D"]) -> Float[Array, "B T D"]:
+    """The weighted sum of each token's K outputs of `run_experts`."""
+    if _single(routed):
+        return weighted_sum(outputs.reshape(*routed.ids.shape, -1), routed.weights)
+    return combine(outputs, sort_rows(routed, spec.experts.count).order, routed.weights)
+
+
+def _single(routed: Routed) -> bool:
+    """One token: its experts are distinct, so its rows need no sorting."""
+    return routed.ids.shape[:2] == (1, 1)
 
 
 def run_wave(

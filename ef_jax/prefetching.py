@@ -1,0 +1,87 @@
+"""What `load`'s options on prefetching come to, for one model on one link."""
+
+import dataclasses
+from pathlib import Path
+
+from ef_jax.errors import InputError
+from ef_jax.spec import ModelSpec
+
+PREDICTORS = ("pregate", "history", "none")
+
+# Distances that the programs score. The stacked routers of one more distance cost as many device bytes a layer as one
+# more router; recall falls with each.
+DISTANCES = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prefetching:
+    """Settled options.
+
+    Attributes:
+      prefetch: "auto", "off" or a fixed horizon in layers.
+      predictor: a name of `PREDICTORS`.
+      trained: directory of a trained correction of the pre-gate, if one was given.
+      off_because: where prefetching was left to be decided and is off, why.
+    """
+
+    prefetch: int | str
+    predictor: str
+    trained: Path | None = None
+    off_because: str | None = None
+
+    def all_resident(self) -> "Prefetching":
+        """The same for a model whose experts all have a slot: there is nothing to fetch."""
+        return Prefetching(prefetch="off", predictor="none", off_because="every expert is on the device")
+
+    def distances(self, spec: ModelSpec) -> int:
+        """Distances that the programs have to score; 0: they need not look ahead."""
+        return min(DISTANCES, len(spec.moe_layers)) if self.predictor == "pregate" else 0
+
+
+def settle(
+    spec: ModelSpec,
+    *,
+    prefetch: int | str = "auto",
+    predictor: str | Path | None = None,
+    overlaps: bool,
+) -> Prefetching:
+    """Check options and fill in defaults.
+
+    Args:
+      spec: the model.
+      prefetch: "auto", "off" or a horizon of 0 (off) to the number of MoE layers.
+      predictor: a name of `PREDICTORS`, the directory of a trained predictor, or None: the pre-gate where there is
+        prefetching, else none.
+      overlaps: copies can run while the device computes.
+
+    Raises:
+      InputError: no such option, or one that cannot take effect.
+    """
+    layers = len(spec.moe_layers)
+    if isinstance(prefetch, str) and prefetch.isdecimal():
+        prefetch = int(prefetch)
+    if prefetch not in ("auto", "off") and not (isinstance(prefetch, int) and 0 <= prefetch <= layers):
+        raise InputError(
+            f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {layers}, the number of MoE layers'
+        )
+    off_because = None
+    if not overlaps and prefetch == "auto":
+        off_because = "copies run on the cores that compute, so there is nothing to hide them behind"
+    elif not overlaps and prefetch not in ("off", 0):
+        raise InputError(
+            f'prefetch {prefetch} cannot take effect: copy mode "in_program" copies on the cores that compute; give '
+            'copy_mode="async", an emulated link, or prefetch="off"'
+        )
+    if off_because or prefetch == 0:
+        prefetch = "off"
+    if predictor is None:
+        predictor = "none" if prefetch == "off" else "pregate"
+    if predictor == "none" and prefetch != "off":
+        raise InputError(f'prefetch {prefetch} needs a predictor: give "pregate", "history" or a trained one')
+    if predictor in PREDICTORS:
+        return Prefetching(prefetch=prefetch, predictor=str(predictor), off_because=off_because)
+    if not Path(predictor).is_dir():
+        raise InputError(
+            f"predictor {str(predictor)!r:.200} is not one of {', '.join(PREDICTORS)} and no directory of a trained one"
+        )
+    return Prefetching(prefetch=prefetch, predictor="pregate", trained=Path(predictor), off_because=off_because)

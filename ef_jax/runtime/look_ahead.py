@@ -1,0 +1,231 @@
+"""Looking ahead inside a decode step's programs: what this layer knows of the experts that coming layers will use.
+
+A program that ends with a router also takes the residual stream through the norms and routers of the next layers
+(`pregate`), corrects the scores where there is a trained predictor, and leaves ids and scores in one small array, the
+report, which the host reads in one go. The look ahead starts behind an optimization barrier: it never changes what the
+layer computes.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+
+from ef_jax.nn import correction
+from ef_jax.nn.correction import CommonLeaves, CorrectionSpec, SourceLeaves
+from ef_jax.nn.pregate import RouterStack, pregate, router_stack_shapes, stack_routers
+from ef_jax.predict.log_odds import highest, log_odds, to_bins, union
+from ef_jax.runtime.dense import DenseWeights
+from ef_jax.runtime.steps import Routed
+from ef_jax.spec import ModelSpec
+
+_ID_BYTES = 2  # expert ids travel as uint16; an inactive sequence's are 65535
+_DIVERSITY_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LookAheadSpec:
+    """What the programs compute of coming layers: scores at `distances` distances, corrected or shifted where asked."""
+
+    distances: int
+    correction: CorrectionSpec | None = None
+    shift: bool = False
+
+
+class Look(NamedTuple):
+    """Arguments of one program's look ahead, all on the device: the model's routers, the first MoE layer to score,
+    and the trained parts (None where there are none) for the state that is looked ahead from."""
+
+    stack: RouterStack
+    first: Int32[Array, ""]
+    shift: Float[Array, "H D"] | None
+    common: CommonLeaves | None
+    source: SourceLeaves | None
+
+
+class LookAhead:
+    """The device arrays of an engine's look ahead.
+
+    Args:
+      model: the model.
+      spec: what is computed.
+      dense: the model's weights, for its norms and routers.
+      batch: B.
+      sharding: where the arrays go.
+      common: of a trained correction.
+      sources: likewise, those of all L sources stacked.
+      shift: `[L, H, D]`, added to the residual stream of each source by distance, see `residual_means`.
+
+    Attributes:
+      spec: what is computed.
+      looks: arguments for each source: the embedding of a new token, then each MoE layer.
+      state: f32 `[B, W]` on the device, what the correction remembers of the running token; programs donate it.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        spec: LookAheadSpec,
+        dense: DenseWeights,
+        *,
+        batch: int,
+        sharding: jax.sharding.Sharding,
+        common: CommonLeaves | None = None,
+        sources: SourceLeaves | None = None,
+        shift: np.ndarray | None = None,
+    ) -> None:
+        self.spec = spec
+        self._batch, self._sharding = batch, sharding
+        layers = len(model.moe_layers)
+        stack = stack_routers(model, dense.layers, spec.distances)
+
+        def place(tree: Any) -> Any:
+            return jax.device_put(tree, sharding)
+
+        self.looks = [
+            Look(
+                stack=stack,
+                first=place(np.int32(max(source - 1, 0))),
+                shift=None if shift is None else place(shift[source].astype(jnp.dtype(model.dtype))),
+                common=None,
+                source=None if sources is None else place(jax.tree.map(lambda leaf: leaf[source], sources)),  # noqa: B023
+            )
+            for source in range(layers)
+        ]
+        # Past the last layer there is nothing to correct, but the program is the same.
+        self.looks.append(self.looks[-1]._replace(first=place(np.int32(layers - 1))))
+        if common is not None:
+            common = place(common)
+            self.looks = [look._replace(common=common) for look in self.looks]
+        self.reset()
+
+    def reset(self) -> None:
+        """New sequences: nothing is known of a token before."""
+        corrected = self.spec.correction
+        shape = None if corrected is None else state_shape(corrected, self._batch)
+        self.state = None if shape is None else jnp.zeros(shape.shape, shape.dtype, device=self._sharding)
+
+
+class Report(NamedTuple):
+    """What a program tells the host.
+
+    Attributes:
+      ids: the experts of each sequence, in batch order; None where no router ran.
+      bins: how likely coming layers are to use each expert; row d is d layers ahead.
+      diversity: of the tokens chosen, see `token_diversity`; 0 where none were.
+    """
+
+    ids: list[list[int]]
+    bins: UInt8[np.ndarray, "H+1 E"]
+    diversity: float
+
+
+def look_from_layer(
+    model: ModelSpec, spec: LookAheadSpec, look: Look, routed: Routed, state: Float32[Array, "B W"] | None
+) -> tuple[UInt8[Array, " n"], Float32[Array, "B W"] | None]:
+    """The report of a decode step's MoE layer, `look.first`, and the state after it; while tracing."""
+    with jax.named_scope("look_ahead"):
+        x, ids = jax.lax.optimization_barrier((routed.x[:, 0], routed.ids[:, 0]))
+        if spec.correction is not None:
+            state = correction.advance(spec.correction, look.common, state, look.first, ids)
+        shift = None if look.shift is None else jnp.pad(look.shift, ((1, 0), (0, 0)))
+        choice = pregate(model, look.stack, x, look.first, spec.distances + 1, shift)
+        active = ids[:, 0] >= 0
+        odds = log_odds(choice, model.experts.top_k, jnp)
+        own = highest(odds[:, 0], active, jnp)
+        odds = odds[:, 1:]
+        if spec.correction is not None:
+            odds = correction.correct(spec.correction, look.source, choice[:, 1:], state)
+        bins = to_bins(jnp.concatenate([own[None], union(odds, active, jnp)]), jnp)
+        return jnp.concatenate([_as_bytes(ids.astype(jnp.uint16)), bins.reshape(-1)]), state
+
+
+def look_from_token(
+    model: ModelSpec,
+    spec: LookAheadSpec,
+    look: Look,
+    embedded: Float[Array, "B D"],
+    tokens: Int32[Array, " B"],
+    active: Bool[Array, " B"],
+    state: Float32[Array, "B W"] | None,
+) -> tuple[UInt8[Array, " n"], Float32[Array, "B W"] | None]:
+    """The report of newly chosen tokens, before the first layer runs on them, and their state; while tracing."""
+    with jax.named_scope("look_ahead"):
+        x, tokens = jax.lax.optimization_barrier((embedded, tokens))
+        if spec.correction is not None:
+            state = correction.begin(spec.correction, look.common, tokens, state)
+        choice = pregate(model, look.stack, x, look.first, spec.distances, look.shift)
+        odds = log_odds(choice, model.experts.top_k, jnp)
+        if spec.correction is not None:
+            odds = correction.correct(spec.correction, look.source, choice, state)
+        bins = to_bins(union(odds, active, jnp), jnp)
+        diversity = token_diversity(x, active)
+        return jnp.concatenate([_as_bytes(diversity[None]), jnp.pad(bins, ((1, 0), (0, 0))).reshape(-1)]), state
+
+
+def read_report(model: ModelSpec, report: jax.Array | np.ndarray, batch: int) -> Report:
+    """What `look_from_layer` left; waits for it."""
+    raw = np.asarray(report)
+    top_k, experts = model.experts.top_k, model.experts.count
+    cut = _ID_BYTES * batch * top_k
+    ids = raw[:cut].view(np.uint16).reshape(batch, top_k).tolist()
+    return Report([row for row in ids if row[0] < experts], raw[cut:].reshape(-1, experts), 0.0)
+
+
+def read_token_report(model: ModelSpec, report: jax.Array | np.ndarray) -> Report:
+    """What `look_from_token` left; waits for it."""
+    raw = np.asarray(report)
+    diversity = float(raw[:_DIVERSITY_BYTES].view(np.float32)[0])
+    return Report([], raw[_DIVERSITY_BYTES:].reshape(-1, model.experts.count), diversity)
+
+
+def token_diversity(embedded: Float[Array, "B D"], active: Bool[Array, " B"]) -> Float32[Array, ""]:
+    """Sum over the pairs of active tokens of the squared distance of their embeddings: `k sum |v|^2 - |sum v|^2`.
+
+    ExpertFlow-S (arXiv:2510.26730) takes it as a sign of how many different experts a batch will need.
+    """
+    rows = jnp.where(active[:, None], embedded.astype(jnp.float32), 0.0)
+    return active.sum() * (rows * rows).sum() - (rows.sum(axis=0) ** 2).sum()
+
+
+def look_shapes(model: ModelSpec, spec: LookAheadSpec, sharding: jax.sharding.Sharding) -> Look:
+    """Abstract arguments of a look ahead."""
+
+    def place(tree):  # type: ignore[no-untyped-def]
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    dtype = jnp.dtype(model.dtype)
+    corrected = None if spec.correction is None else place(correction.leaf_shapes(spec.correction))
+    return Look(
+        stack=place(router_stack_shapes(model, spec.distances)),
+        first=jax.ShapeDtypeStruct((), np.int32, sharding=sharding),
+        shift=place(jax.ShapeDtypeStruct((spec.distances, model.hidden), dtype)) if spec.shift else None,
+        common=None if corrected is None else corrected[0],
+        source=None if corrected is None else corrected[1],
+    )
+
+
+def state_shape(spec: CorrectionSpec, batch: int) -> jax.ShapeDtypeStruct:
+    """Of what a correction carries through a step."""
+    return jax.ShapeDtypeStruct((batch, spec.state_width), np.float32)
+
+
+def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, batch: int) -> int:
+    """Device bytes that a look ahead keeps for `batch` sequences."""
+    if spec is None:
+        return 0
+    layers = len(model.moe_layers)
+    arrays = jax.tree.leaves(router_stack_shapes(model, spec.distances))
+    if spec.correction is not None:
+        common, source = correction.leaf_shapes(spec.correction)
+        arrays += [*common, *(list(source) * layers), state_shape(spec.correction, batch)]
+    if spec.shift:
+        arrays.append(jax.ShapeDtypeStruct((layers, spec.distances, model.hidden), jnp.dtype(model.dtype)))
+    return sum(array.size * array.dtype.itemsize for array in arrays)
+
+
+def _as_bytes(values: Array) -> UInt8[Array, " n"]:
+    return jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(-1)

@@ -1,0 +1,43 @@
+"""In what order a decode step's rows run: those whose experts are there before those whose experts are on their way.
+
+ExpertFlow-S (arXiv:2510.26730) calls it cache-aware routing. Only the time at which a row runs changes: rows do not
+depend on one another, and each token's outputs are summed in the router's order, so not a bit of the result does.
+"""
+
+from typing import Any, Literal, get_args
+
+from ef_jax.errors import InputError
+from ef_jax.memory.residency import Admission
+from ef_jax.schedule.link import Link, PrefetchLink
+
+Order = Literal["auto", "resident_first", "together"]
+
+_WORTH_A_DISPATCH = 2e-4  # seconds of waiting that are worth one more dispatch: about two of them (platform figures)
+
+
+def check_order(order: str) -> Order:
+    """`order`, if there is one of that name.
+
+    Raises:
+      InputError: there is none.
+    """
+    for known in get_args(Order):
+        if order == known:
+            return known
+    raise InputError(f"order {order!r} is not one of {', '.join(get_args(Order))}")
+
+
+def run_there_first(order: Order, admission: Admission, link: Link[Any]) -> bool:
+    """Whether the rows of resident experts run while the others' blocks come.
+
+    "auto": where the link says how long a block takes and what is on its way will be waited for longer than the
+    additional dispatch takes. Never where nothing is resident.
+    """
+    if order == "together" or not admission.hits:
+        return False
+    if order == "resident_first":
+        return True
+    if not isinstance(link, PrefetchLink):
+        return False
+    coming = len(admission.missing) + len(admission.late)
+    return coming * link.pace.block_seconds > _WORTH_A_DISPATCH
