@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks
+from ef_jax.nn.correction import CorrectionSpec
+from ef_jax.runtime.look_ahead import LookAheadSpec
 from ef_jax.runtime.programs import Programs
 from ef_jax.spec import (
     AttentionSpec,
@@ -45,13 +47,29 @@ QWEN2_LIKE = dataclasses.replace(
 SLOTS = 512
 
 
+def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
+    layers, experts = len(spec.moe_layers), spec.experts
+    sizes = {"layers": layers, "experts": experts.count, "top_k": experts.top_k, "vocab": spec.vocab}
+    correction = CorrectionSpec(**sizes, distances=2) if corrected else None
+    return LookAheadSpec(distances=2, correction=correction, shift=corrected)
+
+
+@pytest.mark.parametrize("look", [None, False, True], ids=["", "pregate", "corrected"])
 @pytest.mark.parametrize("spec", [QWEN3_LIKE, QWEN2_LIKE], ids=["moe", "dense-and-shared"])
-def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec) -> None:
-    programs = Programs(spec, batch=2, context=256, chunk=4, pool_slots=SLOTS, sharding=aot.sharding())
+def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec, look: bool | None) -> None:
+    programs = Programs(
+        spec,
+        batch=2,
+        context=256,
+        chunk=4,
+        pool_slots=SLOTS,
+        sharding=aot.sharding(),
+        look_ahead=None if look is None else looking(spec, look),
+    )
     programs.compile_all()
     kinds = 1 + len(set(zip([x.ffn for x in spec.layers], [x.ffn for x in spec.layers][1:], strict=False)))
     widths, spans = 1 + len(programs.chunk_widths), len(programs.spans)
-    assert programs.count == widths * spans * kinds + 2 * (widths - 1) + 3
+    assert programs.count == widths * spans * kinds + 2 * (widths - 1) + 4
     assert programs.workspace_bytes < SLOTS * spec.block_bytes / 10
 
 

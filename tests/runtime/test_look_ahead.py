@@ -1,0 +1,86 @@
+"""What the programs say of coming layers is what those layers' routers make of the residual stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ef_jax
+from ef_jax.nn.pregate import pregate
+from ef_jax.predict.log_odds import log_odds, to_bins, union
+from ef_jax.runtime.look_ahead import token_diversity
+from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+
+PROMPTS = [np.arange(20, 30, dtype=np.int32), np.arange(400, 425, dtype=np.int32)]
+
+
+def decoding(lm, steps: int):
+    """Run prompts and some steps of an engine by hand; returns what the scheduler and the programs were given."""
+    engine, asked, begun, streams = lm._engine, [], [], []
+    ask, begin_step, serve = engine.scheduler.ask, engine.scheduler.begin_step, engine._serve
+
+    def hear_ask(layer, rows, ahead=None):
+        asked.append((layer, rows, ahead))
+        return ask(layer, rows, ahead)
+
+    def hear_begin(tokens, ahead=None, **others):
+        begun.append((tokens, ahead, others))
+        begin_step(tokens, ahead, **others)
+
+    def hear_serve(deferred, index, routed):
+        streams.append((index, np.asarray(routed.x), np.asarray(routed.ids)))
+        return serve(deferred, index, routed)
+
+    engine.scheduler.ask, engine.scheduler.begin_step, engine._serve = hear_ask, hear_begin, hear_serve
+    prompts = PROMPTS[: lm.plan.batch]
+    engine.prepare([len(prompt) for prompt in prompts], 64)
+    engine.start(prompts, sampling_arrays(SamplingOptions(), lm.plan.batch))
+    compiled = engine.programs.count
+    for _ in range(steps):
+        engine.step()
+    engine.finish()
+    assert engine.programs.count == compiled
+    return asked, begun, streams
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_reports_are_the_pregates(batch):
+    lm = ef_jax.load(expert_fraction=0.25, batch=batch, context=64, chunk=32, prefetch=2, emulate_link="1GB/s")
+    asked, begun, streams = decoding(lm, 3)
+    engine, spec = lm._engine, lm.spec
+    distances, layers = engine.look_ahead.spec.distances, len(spec.moe_layers)
+    stack = engine.look_ahead.looks[0].stack
+    run = jax.jit(lambda x, first, count: pregate(spec, stack, x, first, count), static_argnums=2)
+    active = np.ones(batch, bool)
+    for (layer, rows, bins), (index, x, ids) in zip(asked, streams, strict=True):
+        assert (layer, rows) == (index, ids[:, 0].tolist())
+        assert bins.shape == (distances + 1, spec.experts.count)
+        assert set(np.flatnonzero(bins[0] >= 128)) == set(ids.ravel())  # distance 0 is the layer's own choice
+        choice = np.asarray(run(x[:, 0], np.int32(layer), distances + 1))
+        expected = to_bins(union(log_odds(choice[:, 1:], spec.experts.top_k, np), active, np), np)
+        known = slice(0, max(0, layers - 1 - layer))
+        assert np.abs(bins[1:][known].astype(int) - expected[known].astype(int)).max(initial=0) <= 1
+    embed = np.asarray(engine._dense.top[0])
+    for tokens, bins, others in begun:
+        x = embed[tokens]
+        choice = np.asarray(run(x, np.int32(0), distances))
+        expected = to_bins(union(log_odds(choice, spec.experts.top_k, np), active, np), np)
+        assert np.abs(bins[1:].astype(int) - expected.astype(int)).max() <= 1
+        pairs = sum(np.square((a - b).astype(np.float32)).sum() for i, a in enumerate(x) for b in x[:i])
+        assert others["diversity"] == pytest.approx(pairs, rel=1e-2, abs=1e-3)
+    assert lm.stats.decode.bytes_prefetch > 0
+
+
+def test_diversity_counts_active_tokens_only():
+    rows = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    active = np.array([True, False, True, True])
+    expected = sum(np.square(rows[i] - rows[j]).sum() for i in (0, 2, 3) for j in (0, 2, 3) if i < j)
+    assert float(token_diversity(jnp.asarray(rows), jnp.asarray(active))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_plan_accounts_for_it():
+    on = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
+    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s", prefetch="off")
+    arrays = jax.tree.leaves([look.stack for look in on._engine.look_ahead.looks[:1]])
+    assert on.plan.look_ahead >= sum(array.nbytes for array in arrays) > 0
+    assert off.plan.look_ahead == 0
