@@ -156,5 +156,6 @@ def enter_layer(
     x, k, v = layer.attend(x, k, v, positions, window, span)
     if ffn == "dense":
         return layer.finish(x, layer.ffn_input(x)), k, v
+    x = jax.lax.optimization_barrier(x)  # the router reads x as it is passed on, rounded
     h, ids, weights = layer.route(x)
     return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), k, v
