@@ -23,8 +23,9 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
-from ef_jax.predict import History, Predictor
-from ef_jax.predict.pregate import Pregate
+from ef_jax.predict import History, Predictor, Pregate
+from ef_jax.predict.fingerprint import model_fingerprint
+from ef_jax.predict.predictor_file import load_predictor, read_predictor_manifest
 from ef_jax.prefetching import Prefetching, settle
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
@@ -32,6 +33,7 @@ from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec, look_ahead_bytes
 from ef_jax.runtime.programs import Programs
+from ef_jax.schedule.async_link import AsyncLink, blocks_ahead
 from ef_jax.schedule.device_link import DeviceLink, blocks_in_flight, resolve_copy_mode
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
@@ -115,9 +117,8 @@ def load(
         )  # fmt: skip
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
-        settled = settle(
-            spec, prefetch=prefetch, predictor=predictor, overlaps=mode == "async" or emulated is not None
-        )
+        overlaps = mode == "async" or emulated is not None
+        settled = settle(spec, prefetch=prefetch, predictor=predictor, overlaps=overlaps)
         checked_order = check_order(order)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
@@ -129,8 +130,12 @@ def load(
         with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
             dense = DenseWeights.load(checkpoint, device, advance=bar.update)
             store = HostStore.load(checkpoint, device, advance=bar.update)
-    device_link = DeviceLink(spec, store, device, slots=plan.slots + plan.staging_slots, mode=copy_mode)
-    link = device_link if emulated is None else EmulatedLink(device_link, emulated)
+    pool_slots = plan.slots + plan.staging_slots
+    device_link: DeviceLink
+    if mode == "async" and emulated is None:
+        device_link = AsyncLink(spec, store, device, slots=pool_slots)
+    else:
+        device_link = DeviceLink(spec, store, device, slots=pool_slots, mode=mode)
     residency = Residency(
         layers=len(spec.moe_layers),
         experts=spec.experts.count,
@@ -147,12 +152,10 @@ def load(
         programs,
         dense,
         residency,
-        link,
+        device_link if emulated is None else EmulatedLink(device_link, emulated),
         device,
-        look_ahead=None if look is None else LookAhead(
-            spec, look, dense, batch=plan.batch, sharding=jax.sharding.SingleDeviceSharding(device)
-        ),
-        predictor=_predictor(spec, settled),
+        look_ahead=None if look is None else _look_ahead(spec, look, settled.trained, dense, plan.batch, device),
+        predictor=_predictor(spec, settled, look),
         prefetching=settled,
         candidates=candidates,
         order=checked_order,
@@ -207,7 +210,8 @@ def plan_model(
     Raises:
       BudgetError: the budget is too small.
     """
-    transfer_blocks, transfer_rings = blocks_in_flight(resolve_copy_mode(copy_mode, device), device)
+    mode = resolve_copy_mode(copy_mode, device)
+    transfer_blocks, transfer_rings = blocks_in_flight(mode, device)
 
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
@@ -218,6 +222,7 @@ def plan_model(
             workspace=workspace,
             transfer_blocks=transfer_blocks,
             transfer_rings=transfer_rings,
+            prefetch_blocks=blocks_ahead(spec.block_bytes) if look_ahead is not None and mode == "async" else 0,
         )
 
     # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
@@ -256,14 +261,34 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
 
 
 def _look_ahead_spec(spec: ModelSpec, settled: Prefetching) -> LookAheadSpec | None:
+    if settled.trained is not None:
+        correction = read_predictor_manifest(settled.trained).spec
+        return LookAheadSpec(distances=correction.distances, correction=correction)
     distances = settled.distances(spec)
     return LookAheadSpec(distances=distances) if distances else None
 
 
-def _predictor(spec: ModelSpec, settled: Prefetching) -> Predictor | None:
+def _look_ahead(
+    spec: ModelSpec, look: LookAheadSpec, trained: Path | None, dense: DenseWeights, batch: int, device: jax.Device
+) -> LookAhead:
+    """The arrays of a look ahead, those of a trained predictor checked against the model."""
+    correction = None
+    if trained is not None:
+        correction, _ = load_predictor(trained, spec, model_fingerprint(spec, dense.routers(spec)))
+    return LookAhead(
+        spec,
+        look,
+        dense,
+        batch=batch,
+        sharding=jax.sharding.SingleDeviceSharding(device),
+        correction=correction,
+    )
+
+
+def _predictor(spec: ModelSpec, settled: Prefetching, look: LookAheadSpec | None) -> Predictor | None:
     shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
     if settled.predictor == "history":
         return History(**shape)
-    if settled.predictor == "pregate":
-        return Pregate(**shape, top_k=spec.experts.top_k, distances=settled.distances(spec))
+    if look is not None:
+        return Pregate(**shape, top_k=spec.experts.top_k, distances=look.distances)
     return None

@@ -1,8 +1,9 @@
 """The weights that stay on the device: everything but the routed experts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 
 from ef_jax.nn import finish_paths, layer_definition, top_definition
 from ef_jax.spec import ModelSpec
@@ -28,6 +29,12 @@ class DenseWeights:
             [arrays[f"layers.{index}.{path}"] for path in (finish_paths(spec) if layer.ffn == "moe" else ())]
             for index, layer in enumerate(spec.layers)
         ]
+
+    def routers(self, spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and weights of the MoE layers' routers, copied to the host."""
+        place = layer_definition(spec, "moe")[1].index("router.weight")
+        for layer in spec.moe_layers:
+            yield f"layers.{layer}.router.weight", np.asarray(self.layers[layer][place])
 
     @classmethod
     def load(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from ef_jax.nn import correction
-from ef_jax.nn.correction import CommonLeaves, CorrectionSpec, SourceLeaves
+from ef_jax.nn.correction import CommonLeaves, Correction, CorrectionSpec, SourceLeaves
 from ef_jax.nn.pregate import RouterStack, pregate, router_stack_shapes, stack_routers
 from ef_jax.predict.log_odds import highest, log_odds, to_bins, union
 from ef_jax.runtime.dense import DenseWeights
@@ -55,8 +55,7 @@ class LookAhead:
       dense: the model's weights, for its norms and routers.
       batch: B.
       sharding: where the arrays go.
-      common: of a trained correction.
-      sources: likewise, those of all L sources stacked.
+      correction: the trained one, where `spec` has one.
       shift: `[L, H, D]`, added to the residual stream of each source by distance, see `residual_means`.
 
     Attributes:
@@ -73,14 +72,14 @@ class LookAhead:
         *,
         batch: int,
         sharding: jax.sharding.Sharding,
-        common: CommonLeaves | None = None,
-        sources: SourceLeaves | None = None,
+        correction: Correction | None = None,
         shift: np.ndarray | None = None,
     ) -> None:
         self.spec = spec
         self._batch, self._sharding = batch, sharding
         layers = len(model.moe_layers)
         stack = stack_routers(model, dense.layers, spec.distances)
+        common, sources = (None, None) if correction is None else (correction.common, correction.sources)
 
         def place(tree: Any) -> Any:
             return jax.device_put(tree, sharding)
