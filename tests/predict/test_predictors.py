@@ -52,6 +52,23 @@ def test_a_bad_oracle_names_as_many_experts_and_is_right_as_often_as_asked(recal
     assert right / (300 * 4 * 6) == pytest.approx(recall, abs=0.02)
 
 
+def test_an_oracles_recall_may_fall_with_distance():
+    random = np.random.default_rng(0)
+    steps = [[[random.permutation(32)[:6].tolist()] for _ in range(4)] for _ in range(300)]
+    oracle = Oracle(steps, layers=4, experts=32, recall=[0.9, 0.5], seed=1)
+    right = np.zeros(4)
+    for routes in steps:
+        oracle.on_step([0])
+        truth, ahead = used(routes, 32), oracle.ahead(0, 3).copy()
+        assert np.unique(ahead[0]).tolist() == [0, np.float32(0.9)]
+        assert ((ahead > 0).sum(axis=1) == 6).all()
+        right[1:] += ((ahead > 0) & truth[1:]).sum(axis=1)
+        told_early, told_late = ahead[1] > 0, oracle.ahead(1, 1)[0] > 0
+        assert not (told_early & truth[2] & ~told_late).any()
+        assert oracle.step_scores()[2:].tolist() == oracle.ahead(-1, 4)[2:].tolist() == ahead[1:].tolist()
+    assert right[1:] / (300 * 6) == pytest.approx([0.9, 0.5, 0.5], abs=0.04)
+
+
 def test_a_bad_oracle_is_the_same_each_time_and_refuses_what_is_no_share():
     told = []
     for _ in range(2):
@@ -61,6 +78,10 @@ def test_a_bad_oracle_is_the_same_each_time_and_refuses_what_is_no_share():
     assert told[0] == told[1]
     with pytest.raises(InputError, match=r"recall 1.5: give a share from 0 to 1"):
         Oracle(STEPS, layers=2, experts=4, recall=1.5)
+    with pytest.raises(InputError, match=r"recall -1.0: give a share from 0 to 1"):
+        Oracle(STEPS, layers=2, experts=4, recall=[1.0, -1.0])
+    with pytest.raises(InputError, match=r"recall has no figure"):
+        Oracle(STEPS, layers=2, experts=4, recall=[])
 
 
 def run(history: History, steps: np.ndarray) -> np.ndarray:
