@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 _LAYER_WEIGHT = 1 / 8  # of the newest layer in the means: half of the past is forgotten in five layers
 _BLOCK_WEIGHT = 1 / 8  # likewise, of each block that has crossed
+_LONGEST_LAYER = 4.0  # times the mean: what a layer counts for that took longer, because something else got in its way
 
 
 class LinkPace(NamedTuple):
@@ -58,8 +59,10 @@ class PaceMeter:
     def begin_layer(self, now: float, served_at: float = 0.0) -> None:
         """A layer is about to ask. Where nobody waited for what the last one needed, that came at `served_at`."""
         if self._ended is not None:
-            computing = max(0.0, now - max(self._ended, served_at))
-            self.layer_seconds += _LAYER_WEIGHT * (computing - self.layer_seconds)
+            computing, mean = max(0.0, now - max(self._ended, served_at)), self.layer_seconds
+            if mean:
+                computing = min(computing, max(_LONGEST_LAYER * mean, self.block_seconds))
+            self.layer_seconds += _LAYER_WEIGHT * (computing - mean)
             self._mean_demand += _LAYER_WEIGHT * (self._demand - self._mean_demand)
             self._mean_period += _LAYER_WEIGHT * (now - self._began - self._mean_period)
             self._ended = None

@@ -139,6 +139,17 @@ def test_a_meter_takes_nobodys_waiting_for_computing():
     assert meter.layer_seconds == pytest.approx(3.0, rel=1e-3)
 
 
+def test_a_hiccup_hardly_moves_the_mean_and_a_change_moves_it_soon():
+    meter, now = PaceMeter(1.0), 0.0
+    for seconds, layers, expected in ((2.0, 60, 2.0), (500.0, 1, 2.75), (2.0, 60, 2.0), (200.0, 60, 200.0)):
+        for _ in range(layers):
+            meter.begin_layer(now)
+            meter.end_layer(now)
+            now += seconds
+        meter.begin_layer(now)
+        assert meter.layer_seconds == pytest.approx(expected, rel=0.01)
+
+
 def test_a_model_is_read_from_words():
     assert LinkModel.parse("25GB/s") == LinkModel(bandwidth=25e9)
     assert LinkModel.parse("800 MB/s + 2ms") == LinkModel(bandwidth=8e8, latency=2e-3)
