@@ -45,6 +45,40 @@ def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     group.add_argument("--copy-mode", choices=COPY_MODES, help="how experts cross the link (default: the device's)")
 
 
+def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide what is fetched ahead, and over which link."""
+    group = parser.add_argument_group("prefetching")
+    group.add_argument(
+        "--prefetch",
+        default="auto",
+        metavar="auto|off|N",
+        help="fetch experts before they are asked for: as far ahead as measurements say, not at all, or for the next N "
+        "layers (default: auto, which is off where copies cannot overlap with compute, as on CPU)",
+    )
+    group.add_argument(
+        "--predictor",
+        metavar="NAME|DIR",
+        help="what says which experts come next: pregate, history, none, or the directory of a trained predictor "
+        "(default: pregate where experts are prefetched)",
+    )
+    group.add_argument(
+        "--order",
+        choices=("auto", "resident_first", "together"),
+        default="auto",
+        help="run the rows of resident experts while others are on their way, or all together (default: auto)",
+    )
+    group.add_argument(
+        "--emulate-link",
+        metavar="RATE[+LATENCY]",
+        help="hold copies back as a link of that bandwidth would, for example 25GB/s or 25GB/s+10us",
+    )
+
+
+def prefetch_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_prefetch_options` parsed, as `load` takes it."""
+    return {name: getattr(options, name) for name in ("prefetch", "predictor", "order", "emulate_link")}
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """`--json` and `--debug`."""
     parser.add_argument("--json", action="store_true", help="print one line of JSON, and nothing else, on stdout")
