@@ -39,7 +39,7 @@ def simulate(
     predictor: str | Predictor = "none",
     prefetch: Prefetch = "off",
     candidates: str = "value",
-    bins: UInt8[np.ndarray, "N L distances E"] | None = None,
+    bins: np.ndarray | None = None,
     timeline: Timeline | None = None,
     on_pass: Callable[[Pass, Residency], None] | None = None,
 ) -> Stats:
@@ -63,7 +63,8 @@ def simulate(
         "pregate" and the trace has scores.
       prefetch: as for `Scheduler`; anything but "off" needs a predictor and a link.
       candidates: as for `Scheduler`.
-      bins: what the pre-gate says at each row, see `PregateBins`; corrected scores, say. None: the trace's scores.
+      bins: uint8 `[N, L, H+1, E]`, what the pre-gate says at each row, see `PregateBins`; corrected scores, say. None:
+        the trace's scores.
       timeline: hears of what is counted, in virtual seconds; needs a link.
       on_pass: called after each pass that is counted.
 
