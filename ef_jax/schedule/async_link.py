@@ -173,6 +173,11 @@ class AsyncLink(DeviceLink):
         self.seconds += now - began
         self._meter.waited(now)
 
+    def abandon(self) -> None:
+        """See `PrefetchLink`."""
+        for pending in (self._queue, self._flight, self._landed, self._failed):
+            pending.clear()
+
     def _begin(self) -> None:
         """Hand queued prefetches to the device, as many as may be under way."""
         count = min(len(self._queue), self._capacity - len(self._flight))

@@ -112,6 +112,12 @@ class EmulatedLink(LinkQueue):
         self._land([key for key in keys if ready[key] <= last])
         self._fail([key for key in keys if ready[key] > last])
 
+    def abandon(self) -> None:
+        """See `PrefetchLink`."""
+        super().abandon()
+        self._slot.clear()
+        self._failed.clear()
+
     def _land(self, keys: list[Key]) -> list[Key]:
         """Copy prefetched blocks into their slots; returns the keys of those that went well."""
         if not keys:

@@ -89,3 +89,8 @@ class PrefetchLink(Link[Blocks], Protocol[Blocks]):
         """Wait for prefetches that have begun until they are in their slots, or have failed; `arrived` does not tell
         of them again."""
         ...
+
+    def abandon(self) -> None:
+        """Forget every prefetch, without waiting: nothing of them will be written, nothing will be told of them. For
+        after an error, when it is no longer certain what is where."""
+        ...

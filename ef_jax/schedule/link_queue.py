@@ -109,6 +109,12 @@ class LinkQueue:
         self._begin_prefetches()
         return self._across.pop(key)
 
+    def abandon(self) -> None:
+        """See `PrefetchLink`; what is under way still occupies the link."""
+        self._begin_prefetches()
+        self._queue.clear()
+        self._across.clear()
+
     def wait_until(self, time: float) -> None:
         """Wait for a copy that is across at `time`."""
         self.seconds += self.clock.wait_until(time)

@@ -156,6 +156,16 @@ def test_a_prefetch_that_never_comes_ends_with_the_timeout(link):
     assert link.window() > 0  # its room is free again
 
 
+def test_what_was_abandoned_is_never_written(link):
+    keys = [(2, expert) for expert in range(SLOTS)]
+    link.prefetch(keys, range(SLOTS))
+    link.abandon()
+    assert link.arrived() == link.failed() == link.withdraw() == []
+    link.prefetch([A], [5])
+    assert link.arrived() == [A]
+    assert marks(link.pool) == [0] * 5 + [mark(*A)] + [0] * (SLOTS - 6)
+
+
 def test_a_demand_copy_that_never_comes_is_one_clear_error(link):
     blocks = link.start(1, [2])
     link.device.held = {id(blocks[0])}

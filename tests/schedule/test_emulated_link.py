@@ -141,6 +141,19 @@ def test_a_copy_that_never_comes_ends_the_waiting(link):
     assert not any(marks(link.pool)[1:])
 
 
+def test_what_was_abandoned_is_never_written(link):
+    link._link.broken = (A,)
+    link.prefetch([A, B, C], [0, 1, 2])
+    link.clock.advance(1.5)
+    link.arrived()  # A has failed, B is under way
+    link.abandon()
+    link.prefetch([D], [1])
+    link.clock.advance(60.0)
+    assert link.arrived() == [D]
+    assert link.failed() == []
+    assert marks(link.pool)[:3] == [0, mark(*D), 0]
+
+
 def test_a_link_a_thousand_times_slower_still_serves(link):
     link.set_model(LinkModel(bandwidth=SPEC.block_bytes / 1000))
     link._timeout = 1e4
