@@ -38,14 +38,16 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._enabled = self._stream.isatty() if enabled is None else enabled
         self._done = 0
+        self._note = ""
         self._lock = threading.Lock()
         self._start = time.monotonic()
         self._next_draw = self._start
 
-    def update(self, amount: int = 1) -> None:
-        """Say that `amount` more is done."""
+    def update(self, amount: int = 1, note: str = "") -> None:
+        """Say that `amount` more is done, and how it goes."""
         with self._lock:
             self._done += amount
+            self._note = note
             now = time.monotonic()
             if self._enabled and now >= self._next_draw:
                 self._next_draw = now + _SECONDS_BETWEEN_DRAWS
@@ -67,7 +69,8 @@ class Progress:
         rate = self._done / max(now - self._start, 1e-9)
         left = f" {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ""
         amount = f"{self._amount(self._done)}/{self._amount(self._total)}"
-        self._stream.write(f"\r\x1b[K{self._label} {bar:<{_WIDTH}} {fraction:4.0%} {amount}{left}")
+        note = f", {self._note}" if self._note else ""
+        self._stream.write(f"\r\x1b[K{self._label} {bar:<{_WIDTH}} {fraction:4.0%} {amount}{left}{note}")
         self._stream.flush()
 
     def _amount(self, count: int) -> str:

@@ -1,4 +1,4 @@
-"""`ef-jax`: generate text, forecast memory, say what a model is, record and replay its routing."""
+"""`ef-jax`: generate text, forecast memory, say what a model is, record, replay and learn its routing."""
 
 import importlib
 import importlib.metadata
@@ -14,12 +14,13 @@ COMMANDS = {
     "info": "what a model is, and what it would run on",
     "trace": "record which experts a model uses",
     "replay": "which cache policy and how many slots suit recorded routing",
+    "train-predictor": "train a correction of pre-gate scores on recorded routing",
 }
 
 _DESCRIPTION = "Run Mixture-of-Experts language models whose experts live in host memory."
 _OUT_OF_MEMORY = "out of memory: give a smaller --device-memory, --context, --batch or --chunk"
 _EPILOG = "commands (each has --help, --json and --debug):\n" + "\n".join(
-    f"  {name:10} {summary}" for name, summary in COMMANDS.items()
+    f"  {name:16} {summary}" for name, summary in COMMANDS.items()
 )
 
 
@@ -37,7 +38,7 @@ def _run(words: list[str]) -> None:
         parser.print_help()
     elif words[0] in COMMANDS:
         # A command's module is imported when it runs, so that help and bad options need not wait for the others.
-        importlib.import_module(f"ef_jax.cli.{words[0]}").run(words[1:])
+        importlib.import_module(f"ef_jax.cli.{words[0].replace('-', '_')}").run(words[1:])
     elif words[0].startswith("-"):
         parser.add_argument("--version", action="store_true", help="print the version")
         if parser.parse_args(words).version:

@@ -23,7 +23,6 @@ LEAST_TOKENS = 256
 
 _EVALUATED_TOKENS = 4096
 _EVALUATION_ROWS = 512
-_EPOCHS = 4
 
 
 class Leaves(NamedTuple):
@@ -38,7 +37,8 @@ class TrainingOptions:
     """How a correction is trained.
 
     Attributes:
-      steps: at most; None: as many as go through the tokens four times.
+      epochs: how often training goes through the tokens, at most.
+      steps: the same as a number of steps; None: as `epochs` says.
       batch: tokens a step.
       learning_rate: its peak; it rises in the first steps and falls on a cosine.
       weight_decay: of AdamW.
@@ -52,6 +52,7 @@ class TrainingOptions:
       InputError: a value that cannot be.
     """
 
+    epochs: float = 4.0
     steps: int | None = None
     batch: int = 512
     learning_rate: float = 6e-3
@@ -66,6 +67,8 @@ class TrainingOptions:
         for name in ("batch", "evaluations", "patience", *(("steps",) if self.steps is not None else ())):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.epochs > 0:
+            raise InputError(f"epochs must be above 0, got {self.epochs}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be a share above 0 and below 1, got {self.held_out}")
 
@@ -93,7 +96,7 @@ class Training:
     recall_after: Float32[np.ndarray, "L H"]
 
 
-Report = Callable[[int, int, float, float], None]
+Report = Callable[[int, int, "Evaluation"], None]
 
 
 def train(
@@ -108,8 +111,8 @@ def train(
       spec: sizes, which must be the traces'.
       examples: the traces.
       options: how.
-      report: called after every look at the held-out tokens with the steps done, those to do at most, the loss and
-        the mean recall.
+      report: called after every step with the steps done, those to do at most, and the last look at the held-out
+        tokens.
 
     Raises:
       InputError: optax is not installed, or there are too few tokens or sequences.
@@ -119,7 +122,7 @@ def train(
     if len(rows) < LEAST_TOKENS:
         raise InputError(f"{len(rows)} tokens to learn from are too few: record at least {LEAST_TOKENS}, better 20,000")
     batch = min(options.batch, len(rows))
-    steps = options.steps or math.ceil(_EPOCHS * len(rows) / batch)
+    steps = options.steps or math.ceil(options.epochs * len(rows) / batch)
     held = held[:: math.ceil(len(held) / _EVALUATED_TOKENS)]
     random = np.random.default_rng(options.seed)
 
@@ -138,20 +141,19 @@ def train(
         return optax.apply_updates(leaves, changes), memory
 
     began = time.perf_counter()
-    best = evaluate(spec, leaves, examples, held)
+    best = seen = evaluate(spec, leaves, examples, held)
     before, waited, done = best.recall, 0, 0
     every = max(1, steps // options.evaluations)
     kept = jax.tree.map(jnp.copy, leaves)
     for done in range(1, steps + 1):
         chosen = np.sort(random.choice(rows, batch, replace=False))
         leaves, memory = step(leaves, memory, examples.inputs(chosen, spec))
-        if done % every and done != steps:
-            continue
-        seen = evaluate(spec, leaves, examples, held)
-        report(done, steps, seen.loss, float(np.nanmean(seen.recall)))
-        waited += 1
-        if seen.loss < best.loss:
-            best, waited, kept = seen, 0, jax.tree.map(jnp.copy, leaves)
+        if done % every == 0 or done == steps:
+            seen = evaluate(spec, leaves, examples, held)
+            waited += 1
+            if seen.loss < best.loss:
+                best, waited, kept = seen, 0, jax.tree.map(jnp.copy, leaves)
+        report(done, steps, seen)
         if waited == options.patience:
             break
     for name, leaf in (kept.common._asdict() | kept.sources._asdict()).items():

@@ -62,6 +62,7 @@ class RoutingTrace:
       passes: int64 `[N]`, the number of the forward pass that processed the token, counted over prompts and steps
         alike: tokens of one number ran together, sequences in batch order. None: not recorded.
       model: name of the model, empty if unknown.
+      fingerprint: `ef_jax.predict.fingerprint.model_fingerprint` of the model, empty if unknown.
       block_bytes: bytes of one expert's block, if known.
       weights: float16 `[N, L, K]`, the router's weights, if recorded.
       pregate: float16 `[N, L, H, E]`, if recorded: `pregate[n, s, d - 1]` are the choice scores (what a router takes
@@ -79,6 +80,7 @@ class RoutingTrace:
     phases: np.ndarray
     passes: np.ndarray | None = None
     model: str = ""
+    fingerprint: str = ""
     block_bytes: int | None = None
     weights: np.ndarray | None = None
     pregate: np.ndarray | None = None

@@ -7,6 +7,7 @@ A trace is a compressed npz file of plain arrays: no pickles, so it can be read 
 | `format` | string | "ef_jax routing trace" |
 | `version` | int64 | 1 |
 | `model` | string | name of the model; empty if unknown |
+| `fingerprint` | string, optional | digest of the model's sizes and routers |
 | `num_experts` | int64 | E, experts a layer |
 | `experts` | uint8 or uint16 `[N, L, K]` | expert ids by token, MoE layer and rank, distinct within a row |
 | `tokens` | int32 `[N]` | token that each row processed |
@@ -39,7 +40,7 @@ FORMAT = "ef_jax routing trace"
 VERSION = 1
 
 _REQUIRED = ("experts", "tokens", "offsets", "num_experts")
-_OPTIONAL = ("format", "version", "model", "phases", "passes", "block_bytes", "weights", "pregate")
+_OPTIONAL = ("format", "version", "model", "fingerprint", "phases", "passes", "block_bytes", "weights", "pregate")
 _NAMES = _REQUIRED + _OPTIONAL
 _DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 _MAX_INT64 = 2**63 - 1
@@ -54,6 +55,8 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, overwrite: 
     arrays: dict[str, Any] = {"format": FORMAT, "version": np.int64(VERSION), "model": trace.model}
     arrays |= {name: getattr(trace, name) for name in ("experts", "tokens", "offsets", "phases")}
     arrays["num_experts"] = np.int64(trace.num_experts)
+    if trace.fingerprint:
+        arrays["fingerprint"] = trace.fingerprint
     if trace.block_bytes is not None:
         arrays["block_bytes"] = np.int64(trace.block_bytes)
     for name in ("passes", "weights", "pregate"):
@@ -122,6 +125,7 @@ def _trace(arrays: dict[str, np.ndarray]) -> RoutingTrace:
         phases=phases.astype(np.uint8, copy=False),
         passes=None if passes is None else passes.astype(np.int64, copy=False),
         model=str(arrays["model"]) if "model" in arrays else "",
+        fingerprint=str(arrays["fingerprint"]) if "fingerprint" in arrays else "",
         block_bytes=_number(arrays, "block_bytes") if "block_bytes" in arrays else None,
         weights=arrays.get("weights"),
         pregate=arrays.get("pregate"),
