@@ -20,6 +20,7 @@ class Admission:
 
     Attributes:
       hits: resident when asked for.
+      foreseen: of these, those that a prefetch had brought and that are used for the first time.
       late: were on their way and have a slot; the step waits for them.
       missing: absent; to be copied into `missing_slots` before the step computes.
       missing_slots: one slot for each of `missing`.
@@ -31,6 +32,7 @@ class Admission:
     missing: list[int]
     missing_slots: list[int]
     staged: list[tuple[int, int]]
+    foreseen: int = 0
 
 
 class Residency:
@@ -47,10 +49,10 @@ class Residency:
       slot_of: int32 `[L, E]`, the slot of each resident key; -1 for the others, those in flight among them.
       count: slots of each layer, those that wait for a copy among them.
       floors: slots that each layer keeps whatever others need.
-      wasted: blocks that were prefetched and left without having been used.
+      wasted: of each layer, the blocks that were prefetched and left without having been used.
+      on_wasted: called with layer and expert of each of these, if it is not None.
     """
 
-      on_wasted: called with layer and expert of each of these, if it is not None.
     def __init__(self, *, layers: int, experts: int, cache_slots: int, staging_slots: int, policy: Policy) -> None:
         self.layers, self.experts = layers, experts
         self.cache_slots, self.staging_slots = cache_slots, staging_slots
@@ -59,10 +61,10 @@ class Residency:
         self.floors = [int((share + (layer < extra)) * policy.floor_share) for layer in range(layers)]
         self.slot_of = np.full((layers, experts), -1, np.int32)
         self.count = [0] * layers
-        self.wasted = 0
+        self.wasted = [0] * layers
+        self.on_wasted: Callable[[int, int], None] | None = None
         self._rows = [memoryview(row) for row in self.slot_of]  # what Python reads several times faster
         self._spare = [0] * layers
-        self.on_wasted: Callable[[int, int], None] | None = None
         self._in_flight: dict[Key, int] = {}
         self._unused: set[Key] = set()
         self._free = list(range(cache_slots - 1, -1, -1))
@@ -88,6 +90,11 @@ class Residency:
         return keys
 
     @property
+    def free(self) -> int:
+        """Cache slots that hold nothing and wait for nothing."""
+        return len(self._free)
+
+    @property
     def in_flight(self) -> list[Key]:
         """Keys that have a slot and wait for their block."""
         return list(self._in_flight)
@@ -110,14 +117,17 @@ class Residency:
         self.policy.on_route(layer, rows)
         row = self._rows[layer]
         missing = [expert for expert in needed if row[expert] < 0]
+        foreseen = 0
         if self._unused:
+            foreseen = len(self._unused)
             self._unused.difference_update([(layer, expert) for expert in needed])
+            foreseen -= len(self._unused)
         hits, late = len(needed) - len(missing), []
         if self._in_flight:
             late = [expert for expert in missing if (layer, expert) in self._in_flight]
             missing = [expert for expert in missing if (layer, expert) not in self._in_flight]
         if not missing:
-            return Admission(hits, late, missing, [], [])
+            return Admission(hits, late, missing, [], [], foreseen)
         missing_slots: list[int] = []
         staged: list[tuple[int, int]] = []
         enter = self.policy.on_enter
@@ -131,7 +141,7 @@ class Residency:
             missing_slots.append(slot)
         if len(staged) > self.staging_slots:
             raise ValueError(f"{len(staged)} experts must pass through {self.staging_slots} staging slots at once")
-        return Admission(hits, late, missing, missing_slots, staged)
+        return Admission(hits, late, missing, missing_slots, staged, foreseen)
 
     def note(self, layer: int, rows: Sequence[Sequence[int]]) -> int:
         """A decode step used the experts `rows` of a layer, all of them resident; returns how many distinct ones."""
@@ -167,6 +177,24 @@ class Residency:
         if slot is not None:
             self._in_flight[layer, expert] = slot
         return slot
+
+    def displace(self, layer: int, expert: int, victim: Key | None) -> int:
+        """As `reserve`, with a free slot or, where `victim` is a resident key, with its slot; the slot.
+
+        Any layer can lose a key in this way, whatever its floor.
+        """
+        if victim is None:
+            slot = self._free.pop()
+        else:
+            slot = self._evict(*victim)
+            self._lose(victim[0])
+        self._gain(layer)
+        self._in_flight[layer, expert] = slot
+        return slot
+
+    def waiting(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """The slots of keys in flight."""
+        return [self._in_flight[layer, expert] for expert in experts]
 
     def arrive(self, layer: int, expert: int, *, used: bool = False) -> None:
         """The block of a key in flight is in its slot; `used` where the running step has waited for it."""
@@ -256,8 +284,8 @@ class Residency:
         row[expert] = -1
         if self._unused and (layer, expert) in self._unused:
             self._unused.discard((layer, expert))
-            self.wasted += 1
-        self.policy.on_evict(layer, expert)
-        return slot
+            self.wasted[layer] += 1
             if self.on_wasted is not None:
                 self.on_wasted(layer, expert)
+        self.policy.on_evict(layer, expert)
+        return slot

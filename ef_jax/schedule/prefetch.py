@@ -1,15 +1,29 @@
 """Which blocks to fetch on predictions, and when to give up on them: ids only."""
 
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
+from jaxtyping import Float32
 
+from ef_jax.errors import InputError
 from ef_jax.memory.policies import Key
-from ef_jax.memory.residency import Residency
+from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.predictor import Predictor
+from ef_jax.schedule.by_value import ByValue
+from ef_jax.schedule.horizon import Horizons
 from ef_jax.schedule.link import Blocks, PrefetchLink
+from ef_jax.schedule.nearest_first import RULES, NearestFirst
+from ef_jax.schedule.need import make_need
+from ef_jax.schedule.trust import Trust
+
+CANDIDATES = ("value", *RULES)
+
+
+class PredictorError(Exception):
+    """A predictor has raised, or what it says is no number."""
 
 
 class Prefetcher(Generic[Blocks]):
@@ -24,8 +38,12 @@ class Prefetcher(Generic[Blocks]):
       link: copies blocks.
       predictor: how likely each expert is to be used.
       horizon: layers ahead that are planned for, 1 to L; past the last layer comes the first, of the next token.
-      threshold: the least probability of use that is worth a copy. Above one half, a copy is used more often than
-        not.
+        None: as measurements say, see `Horizons`.
+      candidates: how blocks are chosen: "value" (`ByValue`), or a name of `nearest_first.RULES`.
+      need: a name of `need.NEEDS`.
+
+    Raises:
+      InputError: no such rule or estimate.
     """
 
     def __init__(
@@ -34,68 +52,123 @@ class Prefetcher(Generic[Blocks]):
         link: PrefetchLink[Blocks],
         predictor: Predictor,
         *,
-        horizon: int,
-        threshold: float = 0.5,
+        horizon: int | None,
+        candidates: str = "value",
+        need: str = "mean",
     ) -> None:
+        if candidates not in CANDIDATES:
+            raise InputError(f"candidates {candidates!r:.60} is not one of {', '.join(CANDIDATES)}")
+        layers = residency.layers
         self._residency, self._link, self._predictor = residency, link, predictor
-        self.horizon, self.threshold = horizon, threshold
+        self._candidates = candidates
+        self.horizons = Horizons(layers=layers, need=make_need(need, layers=layers), fixed=horizon)
+        self._trust = Trust(layers=layers, distances=self.horizons.longest)
+        self._value = ByValue(residency, longest=self.horizons.longest)
+        self._simple = NearestFirst(residency, RULES[candidates]) if candidates in RULES else None
+        self._wasted = [0] * layers
 
     @property
     def begun(self) -> int:
         """Prefetches that have begun so far."""
         return self._link.prefetches_begun
 
+    def begin_step(self, batch: int, diversity: float | None, usual: Float32[np.ndarray, "L E"]) -> None:
+        """A step of `batch` tokens begins; see `Need.begin_step` and `ByValue.begin_step`."""
+        self._value.begin_step(usual)
+        self.horizons.begin_step(batch, diversity, self._link.pace, self._trust)
+
     def gate(self) -> None:
-        """A layer is about to ask: drop what has not begun, take note of what has arrived."""
-        for key in self._link.withdraw():
-            self._residency.cancel(*key)
-        for key in self._link.arrived():
-            self._residency.arrive(*key)
+        """A layer is about to ask: drop what has not begun, take note of what has arrived or failed."""
+        residency, link = self._residency, self._link
+        for key in link.withdraw():
+            residency.cancel(*key)
+        for key in link.arrived():
+            residency.arrive(*key)
+        for key in link.failed():
+            residency.cancel(*key)
 
-    def plan(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        """Queue prefetches for the layers after `layer`, whose experts `rows` have their slots and keep them.
+    def served(self, layer: int, needed: Sequence[int], admission: Admission) -> None:
+        """A layer uses the distinct experts `needed`: learn from what was there of them."""
+        late, missing, foreseen = len(admission.late), len(admission.missing), admission.foreseen
+        wasted = self._residency.wasted[layer]
+        self.horizons.need.fetched(layer, foreseen + late + missing)
+        self.horizons.served(layer, late + missing, self._value.full, wasted - self._wasted[layer])
+        self._wasted[layer] = wasted
+        self._value.served(layer, foreseen, late, missing)
+        self._trust.used(layer, needed)
 
-        Nearer layers come first, then likelier experts. Layers that run before the one that a block is for lose
-        nothing for it, and none that is likely to be used leaves for another of its layer.
+    def plan(self, layer: int, needed: Sequence[int]) -> None:
+        """Queue prefetches for the layers after `layer`, whose experts `needed` have their slots and keep them.
+
+        Raises:
+          PredictorError: the predictor's scores are no numbers.
         """
-        room = self._link.window()
-        residency, layers = self._residency, self._residency.layers
+        link, horizons = self._link, self.horizons
         keys: list[Key] = []
         slots: list[int] = []
-        closed: list[int] = []
-        ahead = self._predictor.ahead(layer, self.horizon)
-        for distance in range(1, self.horizon + 1):
-            if len(keys) >= room:
-                break
-            closed.append((layer + distance - 1) % layers)
-            target = (layer + distance) % layers
-            scores = ahead[distance - 1]
-            likely = scores >= self.threshold
-            absent = (likely & (residency.slot_of[target] < 0)).nonzero()[0]
-            if not absent.size:
-                continue
-            keep = likely.nonzero()[0].tolist()
-            if target == layer:
-                keep += itertools.chain.from_iterable(rows)
-            for expert in absent[np.argsort(-scores[absent], kind="stable")].tolist():
-                slot = residency.reserve(target, expert, keep=keep, closed=closed)
-                if slot is not None:
-                    keys.append((target, expert))
-                    slots.append(slot)
-                    if len(keys) == room:
-                        break
-        self._link.prefetch(keys, slots)
+        room = link.window()
+        if room > 0 and any(horizons.of):
+            ahead = self._ahead(layer)
+            if self._simple is None:
+                self._trust.told(layer, ahead[: horizons.longest])
+                keys, slots = self._value.choose(layer, needed, ahead, horizons.of, room, link.pace, self._trust.of)
+            else:
+                keys, slots = self._simple.choose(layer, needed, ahead, horizons.of, room)
+        link.prefetch(keys, slots)
 
-    def wait(self, layer: int, experts: Sequence[int]) -> None:
-        """Wait for blocks in flight that the running step needs."""
-        self._link.wait([(layer, expert) for expert in experts])
+    def wait(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Wait for blocks in flight that the running step needs; returns the experts whose copy has failed, which are
+        still in flight for the table."""
+        residency, link = self._residency, self._link
+        link.wait([(layer, expert) for expert in experts])
+        failed = set(link.failed())
         for expert in experts:
-            self._residency.arrive(layer, expert, used=True)
+            if (layer, expert) not in failed:
+                residency.arrive(layer, expert, used=True)
+        lost = [expert for expert in experts if (layer, expert) in failed]
+        for key in failed - {(layer, expert) for expert in lost}:
+            residency.cancel(*key)
+        return lost
 
     def drain(self) -> None:
         """Leave nothing in flight."""
+        residency, link = self._residency, self._link
         self.gate()
-        keys = self._residency.in_flight
-        self._link.wait(keys)
+        keys = residency.in_flight
+        link.wait(keys)
+        failed = set(link.failed())
         for key in keys:
-            self._residency.arrive(*key)
+            if key in failed:
+                residency.cancel(*key)
+            else:
+                residency.arrive(*key)
+
+    def _ahead(self, layer: int) -> Float32[np.ndarray, "L E"]:
+        """Probabilities for the layers after `layer`, the nearest first; whatever goes wrong is the predictor's."""
+        layers, experts = self._residency.layers, self._residency.experts
+        try:
+            ahead = self._predictor.ahead(layer, layers)
+        except Exception as error:
+            raise PredictorError(f"{type(error).__name__}: {error}") from error
+        if ahead.shape != (layers, experts):
+            raise PredictorError(f"its probabilities are of shape {ahead.shape}, not {(layers, experts)}")
+        if not math.isfinite(float(ahead.sum())):
+            raise PredictorError("its probabilities are not numbers")
+        return ahead
+
+    def report(self) -> dict[str, Any]:
+        """What is done and why, as plain JSON types; see `Horizons.report`."""
+        value = self._value
+        return {
+            "candidates": self._candidates,
+            "price": value.price,
+            "trust": self._trust.of.tolist(),
+            "waited_share": [value.share(layer) for layer in range(self._residency.layers)],
+            "prefetches_failed": self._link.prefetches_failed,
+            **self.horizons.report(),
+        }
+
+
+def distinct(rows: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The experts of some rows, each once."""
+    return rows[0] if len(rows) == 1 else list(dict.fromkeys(itertools.chain.from_iterable(rows)))

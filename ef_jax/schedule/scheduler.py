@@ -1,5 +1,6 @@
 """When blocks move: demand copies, prefetches, waves of prompts. One object for the engine and for replays."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Literal
@@ -9,9 +10,10 @@ from jaxtyping import Int, UInt8
 
 from ef_jax.errors import InputError
 from ef_jax.memory.residency import Admission, Residency
+from ef_jax.predict.accuracy import Accuracy
 from ef_jax.predict.predictor import Predictor
 from ef_jax.schedule.link import Blocks, Link, PrefetchLink
-from ef_jax.schedule.prefetch import Prefetcher
+from ef_jax.schedule.prefetch import PredictorError, Prefetcher, distinct
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
 from ef_jax.stats import Stats
 from ef_jax.timeline import STALLS, Timeline
@@ -35,9 +37,10 @@ class Scheduler(Generic[Blocks]):
       block_bytes: bytes of one expert block.
       wave_size: blocks of a prompt that enter cache slots together, where there is no staging ring.
       predictor: says which experts come next, to the policy and for prefetches; None: neither.
-      prefetch: layers ahead that are prefetched for. "auto": as measurements say. "off" or 0: only what is needed is
-        copied.
-      candidates: the rule by which blocks are chosen, see `Prefetcher`.
+      prefetch: layers ahead that are prefetched for. "auto": as measurements say, and nothing where there is no
+        predictor or the link cannot prefetch. "off" or 0: only what is needed is copied.
+      candidates: how blocks are chosen, see `Prefetcher`.
+      need: estimate of the blocks that are needed, see `Prefetcher`.
       now: the clock of timelines, in seconds.
 
     Raises:
@@ -55,6 +58,7 @@ class Scheduler(Generic[Blocks]):
         predictor: Predictor | None = None,
         prefetch: Prefetch = "off",
         candidates: str = "value",
+        need: str = "mean",
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
@@ -62,25 +66,35 @@ class Scheduler(Generic[Blocks]):
         self._now = now
         self._block_bytes, self._wave_size = block_bytes, wave_size
         self._predictor = predictor
+        self._accuracy: Accuracy | None = None
         self._prefetcher: Prefetcher[Blocks] | None = None
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
+        self._off_because = self._reason_to_be_off(prefetch)
+        if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
+            horizon = prefetch if isinstance(prefetch, int) else None
+            self._prefetcher = Prefetcher(residency, link, predictor, horizon=horizon, candidates=candidates, need=need)
+        self._report()
+
+    def _reason_to_be_off(self, prefetch: Prefetch) -> str | None:
+        """Why nothing will be prefetched; None: it will."""
         if prefetch in ("off", 0):
-            return
-        if prefetch != "auto" and not (isinstance(prefetch, int) and 0 <= prefetch <= residency.layers):
+            return "it is off"
+        layers = self.residency.layers
+        if prefetch != "auto" and not (isinstance(prefetch, int) and 0 <= prefetch <= layers):
             raise InputError(
-                f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {residency.layers}, the number of '
-                "MoE layers"
+                f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {layers}, the number of MoE layers'
             )
-        if predictor is None:
-            raise InputError(f"prefetch {prefetch!r} needs a predictor: name one, or give prefetch off")
-        if not isinstance(link, PrefetchLink):
-            raise InputError(
-                f"prefetch {prefetch!r} needs a link that can prefetch, which {type(link).__name__} cannot"
-            )
-        horizon = 4 if prefetch == "auto" else prefetch
-        self._prefetcher = Prefetcher(residency, link, predictor, horizon=min(horizon, residency.layers))
+        if self._predictor is None:
+            missing, fix = "a predictor", "name one"
+        elif not isinstance(self.link, PrefetchLink):
+            missing, fix = f"a link that can prefetch, which {type(self.link).__name__} cannot", "choose another"
+        else:
+            return None
+        if prefetch == "auto":
+            return f"it needs {missing}"
+        raise InputError(f"prefetch {prefetch} needs {missing}: {fix}, or give prefetch off")
 
     def show(self, timeline: Timeline | None) -> None:
         """Note stalls, copies and the horizon in `timeline` from now on; None: nowhere."""
@@ -101,14 +115,14 @@ class Scheduler(Generic[Blocks]):
           ahead: what the pre-gate sees from the embeddings of these tokens, see `Predictor.on_ahead`.
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
         """
-        policy, predictor = self.residency.policy, self._predictor
-        policy.on_step(tokens)
-        if predictor is not None:
-            predictor.on_step(tokens)
-            if ahead is not None:
-                predictor.on_ahead(-1, ahead)
-            if policy.wants_predictions:
-                policy.on_predict(predictor.step_scores())
+        self.residency.policy.on_step(tokens)
+        if self._accuracy is not None:
+            self._accuracy.on_step()
+        if (predictor := self._predictor) is not None:
+            try:
+                self._foresee(predictor, tokens, ahead, diversity)
+            except Exception as error:
+                self._give_up(error)
 
     def cannot_miss(self, layer: int) -> bool:
         """Every expert of `layer` is in a slot, so a step need not wait to hear which it uses."""
@@ -117,8 +131,7 @@ class Scheduler(Generic[Blocks]):
     def note(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         """A layer that could not miss chose the experts `rows`; told any time before the next step begins."""
         self.stats.decode.hits[layer] += self.residency.note(layer, rows)
-        if self._predictor is not None:
-            self._predictor.on_route(layer, rows)
+        self._hear(layer, rows, None)
 
     def serve(
         self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None = None
@@ -141,17 +154,12 @@ class Scheduler(Generic[Blocks]):
         Returns:
           Where the experts are, or will be after `complete`, which has to follow before the next `ask`.
         """
-        link, prefetcher, predictor = self.link, self._prefetcher, self._predictor
+        link, prefetcher, phase = self.link, self._prefetcher, self.stats.decode
         self._layer = layer
         if prefetcher is not None:
             prefetcher.gate()
             self._count_prefetches(prefetcher.begun)
         admission = self.residency.admit(layer, rows)
-        if predictor is not None:
-            if ahead is not None:
-                predictor.on_ahead(layer, ahead)
-            predictor.on_route(layer, rows)
-        phase = self.stats.decode
         phase.hits[layer] += admission.hits
         if missing := admission.missing:
             spent = link.seconds
@@ -159,9 +167,13 @@ class Scheduler(Generic[Blocks]):
             phase.stall_seconds += link.seconds - spent
             phase.misses[layer] += len(missing)
             phase.bytes_demand += len(missing) * self._block_bytes
-        if prefetcher is not None:
-            prefetcher.plan(layer, rows)
-            phase.late_hits[layer] += len(admission.late)
+        if self._predictor is not None:
+            self._hear(layer, rows, ahead)
+            if prefetcher is not None:
+                phase.late_hits[layer] += len(admission.late)
+                needed = distinct(rows)
+                prefetcher.served(layer, needed, admission)
+                self._plan(layer, needed)
         return admission
 
     def complete(self, admission: Admission) -> None:
@@ -169,7 +181,7 @@ class Scheduler(Generic[Blocks]):
         link, began = self.link, self._now()
         spent = link.seconds
         if admission.late and self._prefetcher is not None:
-            self._prefetcher.wait(self._layer, admission.late)
+            self._wait(self._prefetcher, admission.late)
         if self._pending is not None:
             link.finish(self._pending, admission.missing_slots)
             self._pending = None
@@ -210,14 +222,102 @@ class Scheduler(Generic[Blocks]):
         phase.stall_seconds += link.seconds - spent
 
     def end_run(self) -> None:
-        """No step follows for now: what is queued will not be fetched."""
+        """No step follows for now: what is queued will not be fetched. `stats` gets the reports of the run."""
         if self._prefetcher is not None:
             self._prefetcher.gate()
             self._count_prefetches(self._prefetcher.begun)
+        self._report()
+
+    def _foresee(
+        self,
+        predictor: Predictor,
+        tokens: Sequence[int],
+        ahead: UInt8[np.ndarray, "distances E"] | None,
+        diversity: float | None,
+    ) -> None:
+        """What a predictor and those who listen to it do at the beginning of a step."""
+        policy, prefetcher = self.residency.policy, self._prefetcher
+        predictor.on_step(tokens)
+        scores = predictor.step_scores()
+        if not math.isfinite(float(scores.sum())):
+            raise PredictorError("its probabilities are not numbers")
+        if prefetcher is not None:
+            prefetcher.begin_step(len(tokens), diversity, scores)
+            policy.on_horizon(prefetcher.horizons.mean)
+            if self._timeline is not None:
+                self._timeline.counter("horizon", self._now(), prefetcher.horizons.mean)
+        if ahead is not None:
+            self._listen(-1, ahead)
+            predictor.on_ahead(-1, ahead)
+        if policy.wants_predictions:
+            policy.on_predict(scores if ahead is None else predictor.step_scores())
+        if prefetcher is not None and ahead is not None:
+            prefetcher.gate()
+            self._plan(-1, ())
+
+    def _hear(self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None) -> None:
+        """The predictor, and those who listen to it, hear of a layer."""
+        if (predictor := self._predictor) is None:
+            return
+        policy = self.residency.policy
+        try:
+            if ahead is not None:
+                self._listen(layer, ahead)
+                predictor.on_ahead(layer, ahead)
+            predictor.on_route(layer, rows)
+            if ahead is not None and policy.wants_predictions:
+                policy.on_ahead(layer, predictor.ahead(layer, self.residency.layers))
+        except Exception as error:
+            self._give_up(error)
+        if self._accuracy is not None:
+            self._accuracy.on_route(layer, rows)
+
+    def _listen(self, layer: int, ahead: UInt8[np.ndarray, "distances E"]) -> None:
+        """Keep what was predicted, to measure it."""
+        if self._accuracy is None:
+            self._accuracy = Accuracy(layers=self.residency.layers, distances=len(ahead) - 1)
+            self._accuracy.on_step()
+        self._accuracy.on_ahead(layer, ahead)
+
+    def _plan(self, layer: int, needed: Sequence[int]) -> None:
+        """Queue prefetches, if there is still somebody to go by."""
+        if self._prefetcher is not None and self._predictor is not None:
+            try:
+                self._prefetcher.plan(layer, needed)
+            except PredictorError as error:
+                self._give_up(error)
+
+    def _wait(self, prefetcher: Prefetcher[Blocks], late: list[int]) -> None:
+        """Wait for blocks under way; those whose copy has failed are copied on demand."""
+        link, layer, phase = self.link, self._layer, self.stats.decode
+        if not (failed := prefetcher.wait(layer, late)):
+            return
+        slots = self.residency.waiting(layer, failed)
+        link.finish(link.start(layer, failed), slots)
+        for expert in failed:
+            self.residency.arrive(layer, expert, used=True)
+        phase.late_hits[layer] -= len(failed)
+        phase.misses[layer] += len(failed)
+        phase.bytes_demand += len(failed) * self._block_bytes
+
+    def _give_up(self, error: Exception) -> None:
+        """The predictor is not asked again."""
+        said = f"{type(error).__name__}: {error}" if not isinstance(error, PredictorError) else str(error)
+        self._off_because = f"the predictor {type(self._predictor).__name__} failed, {said:.200}"
+        self._predictor = None
+
+    def _report(self) -> None:
+        """Bring the reports of `stats` up to date."""
+        if self._prefetcher is not None:
+            self.stats.horizon = {"off_because": self._off_because, **self._prefetcher.report()}
+        elif self._predictor is not None or self._off_because != "it is off":
+            self.stats.horizon = {"off_because": self._off_because}
+        if self._accuracy is not None:
+            self.stats.recall = self._accuracy.report()
 
     def _count_prefetches(self, begun: int) -> None:
         """`begun` prefetches have begun in all. Those, and those that left their slots unused, since last asked."""
-        phase, wasted = self.stats.decode, self.residency.wasted
+        phase, wasted = self.stats.decode, sum(self.residency.wasted)
         phase.bytes_prefetch += (begun - self._prefetches) * self._block_bytes
         phase.bytes_wasted += (wasted - self._wasted) * self._block_bytes
         self._prefetches, self._wasted = begun, wasted

@@ -45,7 +45,7 @@ class Told:
 class Rig:
     """A scheduler with its parts; `serve` runs one layer and lets it compute."""
 
-    def __init__(self, *, layers: int = 3, slots: int = 12, horizon: int = 1, compute: float = 2.5) -> None:
+    def __init__(self, *, layers: int = 3, slots: int = 12, horizon=1, compute: float = 2.5, candidates="value"):
         self.clock, self.predictor, self.compute = VirtualClock(), Told(layers), compute
         self.link = SimulatedLink(LinkModel(bandwidth=1.0), self.clock, block_bytes=1)
         self.stats = Stats.empty(layers=layers, experts=layers * EXPERTS, slots=slots, staging_slots=4)
@@ -64,6 +64,7 @@ class Rig:
             wave_size=4,
             predictor=self.predictor,
             prefetch=horizon,
+            candidates=candidates,
         )
         self.scheduler.begin_step([0])
 
@@ -127,7 +128,7 @@ def test_the_plan_is_no_longer_than_the_spare_window():
 
 
 def test_likelier_experts_go_first_and_unlikely_ones_are_left():
-    rig = Rig(compute=1.5)
+    rig = Rig(compute=1.5, candidates="threshold")
     rig.say(1, 2, probability=0.6)
     rig.predictor.scores[1, 5] = 0.8
     rig.predictor.scores[1, 6] = 0.4
@@ -181,7 +182,7 @@ def test_the_running_layer_and_nearer_ones_lose_nothing():
 
 
 def test_predicted_experts_do_not_push_one_another_out():
-    rig = Rig(slots=3, compute=9.0)
+    rig = Rig(slots=3, compute=9.0, candidates="threshold")
     rig.serve(2, 0)
     rig.say(1, 1, 2, 3, 4)
     for _ in range(5):

@@ -30,11 +30,13 @@ class Policy(abc.ABC):
       floor_share: the part of an equal share of the slots that each layer keeps whatever others need. 1.0 splits the
         cache evenly among the layers; 0.0 lets any layer take any slot. Floors keep a policy of one global order from
         falling to zero hits below one token cycle.
-      wants_predictions: `on_predict` is of use to it.
+      wants_predictions: `on_predict` and `on_ahead` are of use to it.
+      gives_way: a prefetch may take the slot of any of its keys that is worth less than the block that comes.
     """
 
     floor_share: float = 1.0
     wants_predictions: bool = False
+    gives_way: bool = True
 
     def __init__(self, *, layers: int, experts: int, cache_slots: int) -> None:
         self.layers, self.experts, self.cache_slots = layers, experts, cache_slots
@@ -44,6 +46,13 @@ class Policy(abc.ABC):
 
     def on_predict(self, scores: Float32[np.ndarray, "L E"]) -> None:
         """How likely the running step is to use each key; after `on_step`, where a predictor is at work."""
+
+    def on_ahead(self, layer: int, scores: Float32[np.ndarray, "L E"]) -> None:
+        """How likely the layers after `layer` are to use each expert, the nearest first; after `on_route` of `layer`,
+        where a predictor has learned something new."""
+
+    def on_horizon(self, layers: float) -> None:
+        """Blocks are fetched from so many layers ahead of their own, on average; where any are, at every step."""
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         """The router of `layer` chose the experts `rows[b]` for the b-th active sequence; before `victims`."""

@@ -16,9 +16,11 @@ class Static(Policy):
     Attributes:
       floor_share: 0.0. The most used keys are kept wherever they are; nothing turns over, so no layer needs
         protection from others.
+      gives_way: False. What leaves the hot set would not come back.
     """
 
     floor_share = 0.0
+    gives_way = False
 
     def __init__(self, *, layers: int, experts: int, cache_slots: int) -> None:
         super().__init__(layers=layers, experts=experts, cache_slots=cache_slots)

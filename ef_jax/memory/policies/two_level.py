@@ -20,8 +20,8 @@ class TwoLevel(Recent):
     Wherry 1994) with equal segments, so that the policy differs from LRU where no predictor is at work.
 
     Attributes:
-      window: layers ahead whose predictions count: 8, amid the 5 to 14 of ExpertFlow-S's formula for one sequence on
-        25 GB/s. Set it to the horizon of the prefetches, where there is one.
+      window: layers ahead whose predictions count: the horizon of the prefetches, as it moves. Where nothing is
+        prefetched, 8, amid the 5 to 14 of ExpertFlow-S's formula for one sequence on 25 GB/s.
       floor_share: 1.0. Age leads within a list, and one list of ages over all layers falls to zero hits below one
         token cycle.
     """
@@ -48,6 +48,15 @@ class TwoLevel(Recent):
         self._named = predicted(scores) * TIER
         self._ahead.fill(0)
         self._ahead[: self.window] = self._named[: self.window]
+
+    def on_ahead(self, layer: int, scores: Float32[np.ndarray, "L E"]) -> None:
+        if self._named is not None:
+            following = slice(layer + 1, layer + 1 + self.window)
+            self._named[following] = predicted(scores[: len(self._named[following])]) * TIER
+            self._ahead[following] = self._named[following]
+
+    def on_horizon(self, layers: float) -> None:
+        self.window = max(1, round(layers))
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         self.before = clock = self.clock
