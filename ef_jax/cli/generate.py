@@ -9,6 +9,7 @@ from ef_jax import console
 from ef_jax.cli import options as common
 from ef_jax.cli.model_run import ModelRun, add_run_options, load_run
 from ef_jax.cli.prompts import read_prompts
+from ef_jax.new_file import check_new_file
 
 _DESCRIPTION = """Continue prompts. Text goes to stdout; on a terminal the memory plan, a progress bar and a table of
 stats go to stderr. Decoding is greedy unless options say otherwise, so the same command gives the same text."""
@@ -22,8 +23,15 @@ def run(words: Sequence[str]) -> None:
     """
     options = build_parser().parse_intermixed_args(words)
     prompts = read_prompts(options)
+    if options.timeline is not None:
+        check_new_file(options.timeline)
     model_run = load_run(options, common.model_path(options.model), prompts)
-    results = _generate(model_run, options)
+    if options.timeline is None:
+        results = _generate(model_run, options)
+    else:
+        with model_run.lm.timeline() as timeline:
+            results = _generate(model_run, options)
+        timeline.save(options.timeline)
     if options.json:
         print(console.json_line(_contents(model_run, results)))
     model_run.show_stats()
@@ -69,5 +77,10 @@ def build_parser() -> console.Parser:
     """The command's options."""
     parser = console.Parser(prog="ef-jax generate", description=_DESCRIPTION)
     parser.add_argument("--model", metavar="PATH", help="checkpoint directory (default: the bundled model)")
+    parser.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="also write what ran when, as JSON for Perfetto (ui.perfetto.dev); a file that exists is not overwritten",
+    )
     add_run_options(parser)
     return parser

@@ -27,6 +27,7 @@ from ef_jax.schedule.scheduler import Scheduler
 from ef_jax.schedule.token_order import Order, run_there_first
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
+from ef_jax.timeline import COMPUTE, STEPS, Timeline
 
 
 class Engine:
@@ -58,6 +59,8 @@ class Engine:
             staging_slots=plan.staging_slots,
         )
         self.recorder: Recorder | None = None
+        self.timeline: Timeline | None = None
+        self._served_at = 0.0
         self._dense = dense
         self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
@@ -92,6 +95,15 @@ class Engine:
         """The weights that stay on the device."""
         return self._dense
 
+    def show(self, timeline: Timeline | None) -> None:
+        """Note in `timeline` what runs from now on; None: nowhere.
+
+        Compute is noted from when a layer's experts are there until the host has read what the next layer needs, so on
+        a device that runs by itself it is what the host sees of it.
+        """
+        self.timeline = timeline
+        self.scheduler.show(timeline)
+
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
         compiles while they run."""
@@ -115,6 +127,8 @@ class Engine:
         for _ in self._prompt_chunks(prompts):
             pass
         tokens, logprobs = self._choose(batch.last)
+        self._note(COMPUTE, "head", self._served_at)
+        self._note(STEPS, "prompts", began)
         phase = self.stats.prefill
         phase.seconds += time.perf_counter() - began
         phase.tokens += sum(len(prompt) for prompt in prompts)
@@ -140,12 +154,14 @@ class Engine:
         )
         carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, deferred))
         tokens, logprobs = self._choose(self.programs.end_step()(self._dense.finish[-1], carried))
+        self._note(COMPUTE, "head", self._served_at)
         for index, ids in deferred:
             self.scheduler.note(index, _rows(ids))
         batch.length[batch.active] += 1
         phase.seconds += time.perf_counter() - began
         phase.tokens += int(batch.active.sum())
         phase.steps += 1
+        self._note(STEPS, "step", began)
         return tokens, logprobs
 
     def stop(self, sequence: int) -> None:
@@ -230,6 +246,7 @@ class Engine:
         run = self.programs.layers(width, span)
         if self.recorder is not None:
             serve = self.recorder.listen(serve, tokens, positions)
+        self._served_at = time.perf_counter()
         looks = self._looks if width == 1 else [None] * len(layers)
         carried, batch.k[0], batch.v[0], ahead, positions = run[0](
             self._dense.top,
@@ -247,6 +264,7 @@ class Engine:
             before = layer - 1
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
+                self._served_at = time.perf_counter()
             carried, batch.k[layer], batch.v[layer], ahead = run[layer](
                 finish[before],
                 carried,
@@ -260,7 +278,10 @@ class Engine:
             )
             self._hear(ahead)
         last = len(layers) - 1
-        return serve(self._moe_index[last], carried) if last in self._moe_index else carried
+        if last in self._moe_index:
+            carried = serve(self._moe_index[last], carried)
+            self._served_at = time.perf_counter()
+        return carried
 
     def _look_state(self, look: Look | None) -> jax.Array | None:
         return None if look is None or self.look_ahead is None else self.look_ahead.state
@@ -280,10 +301,12 @@ class Engine:
             deferred.append((index, routed.ids))
             return routed, link.pool.array, residency.slot_of[index].copy(), outputs
         if self._report is None:
-            admission = scheduler.ask(index, _rows(routed.ids))
+            rows, bins = _rows(routed.ids), None
         else:
             report = read_report(self.spec, self._report, self.plan.batch)
-            admission = scheduler.ask(index, report.ids, report.bins)
+            rows, bins = report.ids, report.bins
+        self._note(COMPUTE, f"layer {index}", self._served_at)
+        admission = scheduler.ask(index, rows, bins)
         if not (admission.missing or admission.late):
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
         if not run_there_first(self.order, admission, link):
@@ -292,7 +315,9 @@ class Engine:
         coming = [*admission.missing, *admission.late]
         there = residency.slot_row(index, admission)
         there[coming] = -1
+        began = time.perf_counter()
         outputs = self.programs.there()(routed, link.pool.array, there, outputs)
+        self._note(COMPUTE, f"layer {index}, resident rows", began)
         scheduler.complete(admission)
         rest = np.full_like(there, -1)
         rest[coming] = residency.slot_row(index, admission)[coming]
@@ -301,9 +326,17 @@ class Engine:
     def _serve_prompt(self, wave, index: int, carried):  # type: ignore[no-untyped-def]
         """Outputs of every routed row of MoE layer `index`, wave by wave."""
         routed, rows, outputs = carried
-        for part in self.scheduler.serve_prompt(index, np.asarray(rows.sizes)):
+        counts = np.asarray(rows.sizes)
+        self._note(COMPUTE, f"prompt, layer {index}", self._served_at)
+        for part in self.scheduler.serve_prompt(index, counts):
+            began = time.perf_counter()
             outputs = wave(rows, outputs, self.link.pool.array, part.slot_row)
+            self._note(COMPUTE, f"prompt, wave of layer {index}", began)
         return routed, rows.order, outputs
+
+    def _note(self, track: str, name: str, began: float) -> None:
+        if self.timeline is not None:
+            self.timeline.span(track, name, began, time.perf_counter())
 
     def _note_peak(self) -> None:
         live = sum(

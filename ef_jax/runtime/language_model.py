@@ -18,6 +18,7 @@ from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
 from ef_jax.text import StopMatcher, StreamDecoder, Tokenizer, require_tokenizer
+from ef_jax.timeline import Timeline
 
 Prompt = str | Sequence[int] | np.ndarray
 
@@ -133,6 +134,30 @@ class LanguageModel:
                 done += len(logits)
             scores.append(Score(logprob=total, tokens=len(ids) - 1))
         return scores
+
+    @contextlib.contextmanager
+    def timeline(self) -> Iterator[Timeline]:
+        """Note what runs when inside the block: compute, copies and stalls, for Perfetto (ui.perfetto.dev).
+
+            with lm.timeline() as timeline:
+                lm.generate(prompts)
+            timeline.save("timeline.json")
+
+        Where a device copies by itself every copy is then waited for, which is how its span is measured, so that steps
+        are slower than without.
+
+        Raises:
+          InputError: a timeline is being noted already.
+        """
+        engine = self._engine
+        if engine.timeline is not None:
+            raise InputError("a timeline is being noted already: leave its `with` block before the next")
+        timeline = Timeline()
+        engine.show(timeline)
+        try:
+            yield timeline
+        finally:
+            engine.show(None)
 
     @contextlib.contextmanager
     def trace(self, *, weights: bool = False, pregate: int = 0) -> Iterator[Recorder]:

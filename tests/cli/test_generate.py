@@ -100,6 +100,18 @@ def test_one_prompt_gives_its_text_alone(whole: Run, reloaded: Any, capsys: pyte
     assert captured.err == ""
 
 
+def test_a_timeline_is_written_beside_the_text(
+    whole: Run, reloaded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", PROMPTS[0], *SHORT, "--timeline", str(tmp_path / "t.json")]
+    assert main(words) == 0
+    assert capsys.readouterr().out == whole.json["text"][0] + "\n"
+    names = [event["name"] for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]]
+    assert names.count("step") == 11
+    assert main(words) == 2
+    assert "exists: remove it or choose another name" in capsys.readouterr().err
+
+
 def test_several_prompts_are_labelled_in_order(
     whole: Run, reloaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
