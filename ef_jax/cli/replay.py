@@ -234,7 +234,10 @@ def build_parser() -> console.Parser:
         "--prefetch", type=common.prefetch, default="off", metavar="N", help="layers ahead, or auto (default: off)"
     )
     link.add_argument(
-        "--predictor", choices=PREDICTORS, default="none", help="what prefetching goes by; policies hear it too"
+        "--predictor",
+        choices=PREDICTORS,
+        default="none",
+        help="what prefetching goes by; policies hear it too. pregate needs a trace of ef-jax trace --pregate",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a picture, for example out.png")
     parser.add_argument(

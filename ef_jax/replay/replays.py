@@ -13,6 +13,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.residency import Residency
 from ef_jax.replay.belady import belady
 from ef_jax.replay.layer_steps import PROMPT, LayerSteps, layer_steps
+from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulator import simulate
 from ef_jax.replay.stall_bound import StallBound, stall_bound
 from ef_jax.replay.trace import Pass, RoutingTrace
@@ -83,8 +84,11 @@ class Replays:
         block_bytes = settings.block_bytes or trace.block_bytes
         if settings.links and block_bytes is None:
             raise InputError("the trace does not say how large an expert's block is, and a link needs it: give it")
-        pregate = trace.pregate if settings.predictor.startswith("pregate") else None
-        self.trace = dataclasses.replace(trace, block_bytes=block_bytes, weights=None, pregate=pregate)
+        self.trace = dataclasses.replace(trace, block_bytes=block_bytes, weights=None)
+        if settings.predictor.startswith("pregate"):
+            PregateBins(trace)  # has scores
+        else:
+            self.trace = dataclasses.replace(self.trace, pregate=None)
         self.settings = settings
         self._fewest_loads: dict[int, WindowLoads] = {}  # by slots, for every link
         counted = self.trace.select(settings.fit)

@@ -90,6 +90,18 @@ def test_the_table_has_columns_of_the_link(traces: Path, capsys: pytest.CaptureF
     assert sum(line.startswith("lru ") for line in lines) == 4
 
 
+def test_pre_gate_scores_of_the_trace_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pregate.npz"
+    made_up(sequences=4, length=30, pregate=2, block_bytes=1_000_000).save(path)
+    words = [str(path), "--policy", "lru", "--capacity", "0.5", *LINK, "--prefetch", "2", "--fit", "1"]
+    stalls = {
+        predictor: contents([*words, "--predictor", predictor], capsys)["results"][0]["stall_seconds"]
+        for predictor in ("history", "pregate", "pregate+cache")
+    }
+    assert stalls["pregate"] < stalls["history"]
+    assert stalls["pregate"] <= stalls["pregate+cache"]
+
+
 def test_a_picture(traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "out.png"
@@ -126,6 +138,7 @@ def test_a_picture_without_matplotlib(
         (["--layer-time", "3ms"], "--layer-time needs a link: give --bandwidth"),
         (["--bandwidth", "1GB/s", "--prefetch", "1"], "prefetch 1 needs a predictor"),
         (["--bandwidth", "1GB/s", "--prefetch", "9", "--predictor", "history"], "prefetch 9: give"),
+        (["--predictor", "pregate"], "no pre-gate scores: record one with ef-jax trace --pregate"),
         (["--bandwidth", "1GB/s", "--prefetch", "most"], "expected a whole number"),
     ],
 )
