@@ -72,7 +72,7 @@ def pregate(
     x: Float[Array, "*rows D"],
     first: Int32[Array, ""],
     count: int,
-    shift: Float[Array, "count D"] | None = None,
+    shift: Float[Array, "count E"] | None = None,
 ) -> Float32[Array, "*rows count E"]:
     """Choice scores that the routers of MoE layers `first` to `first + count - 1` give to a residual stream.
 
@@ -86,7 +86,7 @@ def pregate(
       first: in `[0, L]`, traced, so that one program serves every source. (What reaches past the stack is moved back
         into it, and is then of other layers than asked for.)
       count: static; `first + count` is at most L + H.
-      shift: added to the residual stream for each of the layers, as `residual_means` measures it.
+      shift: added to the logits, as `residual_means.logit_shifts` measures it; zeros change nothing.
 
     Returns:
       Scores, zeros for layers past the last.
@@ -97,8 +97,6 @@ def pregate(
 
     with jax.named_scope("pregate"):
         x32 = x.astype(jnp.float32)[..., None, :]
-        if shift is not None:
-            x32 = x32 + along_last(shift.astype(jnp.float32), x32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + spec.norm_eps)
         unit = (x32 * scale).astype(x.dtype)
         norms, routers = taken(stack.norms), taken(stack.routers)
@@ -108,6 +106,8 @@ def pregate(
         logits = _products(h.reshape(-1, *h.shape[-2:]), routers).reshape(*h.shape[:-1], -1)
         if stack.bias is not None:
             logits = logits + along_last(taken(stack.bias).astype(jnp.float32), logits)
+        if shift is not None:
+            logits = logits + along_last(shift.astype(jnp.float32), logits)
         select_bias = None if stack.select_bias is None else taken(stack.select_bias)
         choice = choice_scores(logits.astype(h.dtype), spec.router, select_bias)
         known = first + jnp.arange(count) < len(spec.moe_layers)

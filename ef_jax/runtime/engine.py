@@ -18,7 +18,7 @@ from ef_jax.prefetching import Prefetching
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
-from ef_jax.runtime.recorder import Recorder
+from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.device_link import DeviceLink
@@ -58,7 +58,7 @@ class Engine:
             slots=plan.slots,
             staging_slots=plan.staging_slots,
         )
-        self.recorder: Recorder | None = None
+        self.recorder: Listener | None = None
         self.timeline: Timeline | None = None
         self._served_at = 0.0
         self._dense = dense
@@ -67,9 +67,13 @@ class Engine:
         self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         looks = look_ahead.looks if look_ahead is not None else [None] * (1 + len(self._moe_index))
-        self._first_look, self._looks = looks[0], [
-            looks[1 + self._moe_index[layer]] if layer in self._moe_index else None for layer in range(len(spec.layers))
-        ]
+        self._first_look, self._looks = (
+            looks[0],
+            [
+                looks[1 + self._moe_index[layer]] if layer in self._moe_index else None
+                for layer in range(len(spec.layers))
+            ],
+        )
         self._report: jax.Array | None = None
         self._token_report: Report | None = None
         chosen = plan.batch * spec.experts.top_k

@@ -10,10 +10,12 @@ import numpy as np
 
 from ef_jax.errors import InputError
 from ef_jax.memory.plan import MemoryPlan
+from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.generation import FinishReason, Generation, Score
 from ef_jax.runtime.pregate_probe import PregateProbe
-from ef_jax.runtime.recorder import Recorder
+from ef_jax.runtime.recorder import Listener, Recorder
+from ef_jax.runtime.residual_means import ResidualMeans
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
@@ -177,19 +179,39 @@ class LanguageModel:
         Raises:
           InputError: a trace is being recorded already, or `pregate` is more than the model's MoE layers.
         """
+        recorder = Recorder(
+            self.spec,
+            block_bytes=self.plan.block_bytes,
+            model=self.path.resolve().name,
+            fingerprint=model_fingerprint(self.spec, self._engine.dense.routers(self.spec)),
+            weights=weights,
+            probe=PregateProbe(self.spec, self._engine.dense, pregate) if pregate else None,
+        )
+        with self._listening(recorder):
+            yield recorder
+
+    def residual_means(self, texts: Prompt | Sequence[Prompt]) -> np.ndarray:
+        """Mean normed residual streams over texts (or lists of token ids), for `residual_means.logit_shifts`.
+
+        Returns:
+          f32 `[L + 1, D]`, by source, as `ResidualMeans` says.
+
+        Raises:
+          InputError: as `score`; a trace is being recorded; or all texts have one token.
+        """
+        means = ResidualMeans(self.spec, self._engine.dense)
+        with self._listening(means):
+            self.score(texts)
+        return means.means()
+
+    @contextlib.contextmanager
+    def _listening(self, listener: Listener) -> Iterator[None]:
         engine = self._engine
         if engine.recorder is not None:
             raise InputError("a trace is being recorded already: leave its `with` block before the next")
-        name = self.path.resolve().name
-        engine.recorder = Recorder(
-            self.spec,
-            block_bytes=self.plan.block_bytes,
-            model=name,
-            weights=weights,
-            probe=PregateProbe(self.spec, engine.dense, pregate) if pregate else None,
-        )
+        engine.recorder = listener
         try:
-            yield engine.recorder
+            yield
         finally:
             engine.recorder = None
 

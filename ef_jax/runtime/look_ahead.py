@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
     stack: RouterStack
     first: Int32[Array, ""]
-    shift: Float[Array, "H D"] | None
+    shift: Float32[Array, "H E"] | None
     common: CommonLeaves | None
     source: SourceLeaves | None
 
@@ -56,7 +56,7 @@ class LookAhead:
       batch: B.
       sharding: where the arrays go.
       correction: the trained one, where `spec` has one.
-      shift: `[L, H, D]`, added to the residual stream of each source by distance, see `residual_means`.
+      shift: f32 `[L + 1, H, E]`, added to the logits of each source by distance, see `residual_means`.
 
     Attributes:
       spec: what is computed.
@@ -88,7 +88,7 @@ class LookAhead:
             Look(
                 stack=stack,
                 first=place(np.int32(max(source - 1, 0))),
-                shift=None if shift is None else place(shift[source].astype(jnp.dtype(model.dtype))),
+                shift=None if shift is None else place(shift[source].astype(np.float32)),
                 common=None,
                 source=None if sources is None else place(jax.tree.map(lambda leaf: leaf[source], sources)),  # noqa: B023
             )
@@ -196,12 +196,11 @@ def look_shapes(model: ModelSpec, spec: LookAheadSpec, sharding: jax.sharding.Sh
     def place(tree):  # type: ignore[no-untyped-def]
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    dtype = jnp.dtype(model.dtype)
     corrected = None if spec.correction is None else place(correction.leaf_shapes(spec.correction))
     return Look(
         stack=place(router_stack_shapes(model, spec.distances)),
         first=jax.ShapeDtypeStruct((), np.int32, sharding=sharding),
-        shift=place(jax.ShapeDtypeStruct((spec.distances, model.hidden), dtype)) if spec.shift else None,
+        shift=place(jax.ShapeDtypeStruct((spec.distances, model.experts.count), np.float32)) if spec.shift else None,
         common=None if corrected is None else corrected[0],
         source=None if corrected is None else corrected[1],
     )
@@ -222,7 +221,7 @@ def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, batch: int) -
         common, source = correction.leaf_shapes(spec.correction)
         arrays += [*common, *(list(source) * layers), state_shape(spec.correction, batch)]
     if spec.shift:
-        arrays.append(jax.ShapeDtypeStruct((layers, spec.distances, model.hidden), jnp.dtype(model.dtype)))
+        arrays.append(jax.ShapeDtypeStruct((layers, spec.distances, model.experts.count), np.float32))
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 

@@ -1,7 +1,7 @@
 """Recording routing from the engine: which experts every token used, and which tokens ran together."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +16,13 @@ Serve = Callable[[int, Any], Any]
 # Steps whose ids are taken together. One by one, right after a step has filled the processor's caches with something
 # else, costs half as much again.
 _MOST_PENDING = 16
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Hears of every pass of an engine: see `Recorder.listen`."""
+
+    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray) -> Serve: ...
 
 
 class _Running(NamedTuple):
@@ -52,6 +59,7 @@ class Recorder:
       spec: the model.
       block_bytes: bytes of one expert block.
       model: name of the model.
+      fingerprint: of the model, empty if unknown.
       weights: record the router's weights too, as float16.
       probe: record the pre-gate scores that it computes, too.
     """
@@ -62,12 +70,14 @@ class Recorder:
         *,
         block_bytes: int,
         model: str,
+        fingerprint: str = "",
         weights: bool = False,
         probe: PregateProbe | None = None,
     ) -> None:
         self._layers, self._num_experts = len(spec.moe_layers), spec.experts.count
         self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
-        self._block_bytes, self._model, self._weights, self._probe = block_bytes, model, weights, probe
+        self._block_bytes, self._model, self._fingerprint = block_bytes, model, fingerprint
+        self._weights, self._probe = weights, probe
         self._recorded: list[_Rows] = []
         self._sequences: dict[int, int] = {}  # by place in the running batch
         self._begun = 0
@@ -127,6 +137,7 @@ class Recorder:
             phases=np.repeat(np.array([part.phase for part in rows], np.uint8), sizes)[order],
             passes=np.repeat(np.arange(len(rows)), sizes)[order],
             model=self._model,
+            fingerprint=self._fingerprint,
             block_bytes=self._block_bytes,
             weights=_joined([part.weights for part in rows], places) if self._weights else None,
             pregate=_joined([part.pregate for part in rows], places) if self._probe is not None else None,

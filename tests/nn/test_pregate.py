@@ -1,7 +1,7 @@
 """Pre-gating: a layer's own scores choose what it chooses; other layers' are those of their own modules."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ ROUTERS = {
 
 def build(router: RouterSpec, dtype: Any) -> tuple[ModelSpec, list[nn.DecoderLayer], nn.RouterStack]:
     """A random model's spec, its four MoE layers, which have dense ones between them, and its routers."""
-    kinds = ("dense", "moe", "moe", "dense", "moe", "moe")
+    kinds: tuple[Literal["moe", "dense"], ...] = ("dense", "moe", "moe", "dense", "moe", "moe")
     layers = tuple(LayerSpec(ffn=kind) for kind in kinds)
     experts = dataclasses.replace(model_spec().experts, count=12, top_k=3)
     spec = model_spec(router=router, dtype=dtype, layers=layers, experts=experts, hidden=64)
@@ -87,6 +87,7 @@ def test_scores_are_what_the_router_chooses_by() -> None:
     for place, layer in enumerate(layers[1:3]):
         router = layer.router
         assert router is not None
+        assert router.select_bias is not None
         logits = nn.router_logits(layer.ffn_input(x)[0], router.weight[...], None, spec.router)
         biased = np.asarray(jax.nn.sigmoid(logits)) + np.asarray(router.select_bias[...])
         groups = np.sort(biased.reshape(5, 3, 4))[..., -2:].sum(-1)
@@ -94,18 +95,20 @@ def test_scores_are_what_the_router_chooses_by() -> None:
         np.testing.assert_allclose(scores[:, place], np.where(out, -np.inf, biased), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_shift_moves_the_residual_stream_of_its_layer(dtype: str) -> None:
-    spec, _, stack = build(ROUTERS["norm_topk"], dtype)
+@pytest.mark.parametrize("kind", ["norm_topk", "sqrt_softplus"])
+def test_a_shift_is_added_to_the_logits(kind: str) -> None:
+    spec, _, stack = build(ROUTERS[kind], "bfloat16")
     x = residual(spec, 4)
-    shift = jnp.asarray(np.random.default_rng(3).normal(0, 2, (3, spec.hidden)), jnp.float32).at[0].set(0)
-    shifted = nn.pregate(spec, stack, x, jnp.int32(0), 3, shift)
-    np.testing.assert_array_equal(shifted[:, 0], nn.pregate(spec, stack, x, jnp.int32(0), 1)[:, 0])
-    for place in (1, 2):
-        moved = (x.astype(jnp.float32) + shift[None, place]).astype(x.dtype)
-        expected = nn.pregate(spec, stack, moved, jnp.int32(place), 1)[:, 0]
-        np.testing.assert_allclose(shifted[:, place], expected, atol=1e-5 if dtype == "float32" else 0.1)
-        assert np.abs(shifted[:, place] - nn.pregate(spec, stack, x, jnp.int32(place), 1)[:, 0]).max() > 0.5
+    shift = jnp.asarray(np.random.default_rng(3).normal(0, 2, (3, 12)), jnp.float32).at[0].set(0)
+    plain, shifted = (nn.pregate(spec, stack, x, jnp.int32(0), 3, s) for s in (None, shift))
+    np.testing.assert_array_equal(shifted[:, 0], plain[:, 0])
+    if kind == "norm_topk":
+        np.testing.assert_allclose(shifted, plain + shift[None], atol=0.1)
+    else:
+        assert stack.bias is not None
+        biased = stack._replace(bias=stack.bias.at[:3].add(shift.astype(jnp.bfloat16)))
+        np.testing.assert_allclose(shifted, nn.pregate(spec, biased, x, jnp.int32(0), 3), atol=0.1)
+        assert np.abs(shifted - plain).max() > 0.5
 
 
 def test_one_program_for_all_sources_lowers_for_cuda() -> None:
