@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ef_jax.errors import BudgetError as BudgetError
     from ef_jax.errors import CheckpointError as CheckpointError
     from ef_jax.errors import InputError as InputError
+    from ef_jax.errors import LinkError as LinkError
     from ef_jax.errors import UnsupportedError as UnsupportedError
     from ef_jax.loading import load as load
     from ef_jax.memory.plan import MemoryPlan as MemoryPlan
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
     from ef_jax.runtime.generation import Score as Score
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
     from ef_jax.runtime.sampling import SamplingOptions as SamplingOptions
+    from ef_jax.schedule.link_model import LinkModel as LinkModel
     from ef_jax.spec import ModelSpec as ModelSpec
     from ef_jax.stats import Stats as Stats
+    from ef_jax.timeline import Timeline as Timeline
 
 _MODULES = {
     "BudgetError": "errors",
     "CheckpointError": "errors",
     "InputError": "errors",
+    "LinkError": "errors",
     "UnsupportedError": "errors",
     "load": "loading",
     "MemoryPlan": "memory.plan",
@@ -30,7 +34,9 @@ _MODULES = {
     "Score": "runtime.generation",
     "LanguageModel": "runtime.language_model",
     "SamplingOptions": "runtime.sampling",
+    "LinkModel": "schedule.link_model",
     "Stats": "stats",
+    "Timeline": "timeline",
     "ModelSpec": "spec",
 }
 __all__ = list(_MODULES)
