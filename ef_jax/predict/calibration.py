@@ -20,7 +20,8 @@ class Calibration:
     """Probabilities of use by target layer, distance, level and bin, rising with the bin.
 
     They begin at what the bins stand for. They follow the uses of all layers together first, and those of each layer as
-    it gathers data of its own: what is known of all layers counts as `PRIOR` experts seen in each group of 8 bins.
+    it gathers data of its own. What is known of all layers counts as `PRIOR` experts of a layer seen in each group of 8
+    bins, and so does at each distance what is known of the one before.
 
     Scores that say nothing, or the opposite of what happens, end up at the base rate: frequencies that fall where they
     should rise are averaged (isotonic regression; Barlow, Bartholomew, Bremner and Brunk, "Statistical inference under
@@ -40,6 +41,7 @@ class Calibration:
     def __init__(self, *, layers: int, distances: int, half_life: float = 512.0) -> None:
         self._forget = 0.5 ** (1 / half_life)
         self._seen = np.zeros((distances, 2, _GROUPS, LEVELS, layers))
+        self._of_all = [NOMINAL.reshape(_GROUPS, 1, 1, -1).mean(axis=-1)] * (distances + 1)  # by distance from 0 on
         self._fresh = np.zeros((distances, layers, LEVELS * 2 * _GROUPS), np.int64)
         self._fresh_of = [list(of_distance) for of_distance in self._fresh]
         self.tables = np.empty((layers, distances, LEVELS, BINS), np.float32)
@@ -69,10 +71,12 @@ class Calibration:
         seen += fresh.reshape(-1, LEVELS, 2, _GROUPS).transpose(2, 3, 1, 0)
         fresh[:] = 0
         used, total = seen[1], seen[0] + seen[1]
-        prior = NOMINAL.reshape(_GROUPS, 1, 1, -1).mean(axis=-1)
+        prior = self._of_all[distance - 1]
         for pooled in ((1, 2), (2,), ()):  # all levels and layers together, then by level, then by level and layer
             weight = total.sum(axis=pooled, keepdims=True) + self.PRIOR
             prior = isotonic((used.sum(axis=pooled, keepdims=True) + self.PRIOR * prior) / weight, weight)
+            if pooled == (1, 2):
+                self._of_all[distance] = prior
         groups = prior.transpose(2, 1, 0)
         self.tables[:, distance - 1] = groups[..., _BELOW] * (1 - _PART) + groups[..., _ABOVE] * _PART
 

@@ -10,7 +10,9 @@ from ef_jax.predict.history import History
 from ef_jax.predict.log_odds import BINS
 
 _TABLE = LEVELS * BINS
-_LONGEST_INTERVAL = 32  # steps from one renewal of a table to the next
+_EARLY = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # steps at which all tables are renewed
+_SETTLED = 64  # the step from which on they take turns
+_LONGEST_INTERVAL = 32  # steps from one turn to the next
 
 
 class Pregate(History):
@@ -38,7 +40,7 @@ class Pregate(History):
         self._kinds = np.zeros((layers, experts), np.intp)  # where an expert's bins are in the tables of distance 1
         self._first_kinds = (np.arange(layers) * (distances * _TABLE))[:, None]
         self._further = np.repeat((np.arange(distances) * _TABLE)[:, None], experts, axis=1)  # broadcasting is slower
-        self._steps_seen = self._renewed = 0
+        self._count, self._learned = 0, [0] * distances  # steps, and those at which tables were renewed
 
     def on_step(self, tokens: Sequence[int]) -> None:
         super().on_step(tokens)
@@ -57,7 +59,7 @@ class Pregate(History):
 
     def on_route(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         used = self._use(layer, rows)
-        distance = 1 + (self._steps_seen + layer) % min(self._distances, layer + 1)
+        distance = 1 + (self._count + layer) % min(self._distances, layer + 1)
         bins = self._held[layer + 1 - distance]
         if bins is not None:
             marks = self._marks[layer]
@@ -79,14 +81,14 @@ class Pregate(History):
         return self.ahead(-1, self._layers)
 
     def _learn_worths(self) -> None:
-        """Renew tables: often at first, then one every `_LONGEST_INTERVAL` steps."""
-        self._steps_seen += 1
-        distances = self._distances
-        if self._steps_seen <= distances:
-            for distance in range(distances):
-                self._calibration.learn(distance + 1, 1 / distances)
-            return
-        interval = min(1 + self._steps_seen // 16, _LONGEST_INTERVAL)
-        if not self._steps_seen % interval:
-            self._calibration.learn(1 + self._renewed % distances, interval)
-            self._renewed += 1
+        """Renew tables: all of them now and then at first, later one every few steps."""
+        self._count += 1
+        count, distances = self._count, self._distances
+        if count < _SETTLED:
+            due: Sequence[int] = range(distances) if count in _EARLY else ()
+        else:
+            interval = min(count // 16, _LONGEST_INTERVAL)
+            due = () if count % interval else (count // interval % distances,)
+        for distance in due:
+            self._calibration.learn(distance + 1, (count - self._learned[distance]) / distances)
+            self._learned[distance] = count

@@ -75,6 +75,17 @@ def test_a_layer_without_data_follows_the_others():
     assert calibration.tables[2, 0, :, at] == pytest.approx([0.25] * LEVELS, abs=0.03)
 
 
+def test_a_distance_without_data_follows_the_one_before():
+    calibration = Calibration(layers=1, distances=2)
+    x = np.full(32, 2.0)
+    for _ in range(50):
+        observe(calibration, 0, x, np.arange(32) < 8)
+    for distance in (1, 2):
+        calibration.learn(distance, 1)
+    at = to_bins(x[:1], np)[0]
+    assert calibration.tables[0, 1, :, at] == pytest.approx([0.25] * LEVELS, abs=0.03)
+
+
 def test_what_is_long_ago_counts_less():
     calibration = Calibration(layers=1, distances=1, half_life=10)
     x = np.full(32, 1.1)
