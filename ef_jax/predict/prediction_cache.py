@@ -14,8 +14,12 @@ class PredictionCache:
     """Asks another predictor once for the same features and repeats its answer, after ExpertFlow-S (arXiv:2510.26730).
 
     The features are a layer, the tokens of the step and the experts that each of them uses in the layer. What was
-    asked least recently is forgotten. The paper's predictor is a forest of trees on the CPU, which is worth not asking;
-    ours take less time to ask than the cache takes to look.
+    asked least recently is forgotten.
+
+    It is here to be compared, and no default. The paper's predictor is a forest of trees, which is worth not asking.
+    Ours take 9 us a layer, of which a hit saves 2 while a miss adds 3; and an old answer is worse than a new one: on the
+    bundled model's held-out texts 32 % of the answers were repeated and recall at distance 1 fell from 0.71 to 0.69 with
+    `Pregate`, from 0.29 to 0.27 with `History`. Batches hardly ever repeat themselves.
 
     Args:
       predictor: who is asked. It hears everything all the same.
