@@ -1,7 +1,6 @@
 """Candidates by value: the stall that a copy is expected to save, against what its link time and its slot are worth."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -12,17 +11,16 @@ from ef_jax.schedule.pace import LinkPace
 
 _LEAST = 2e-4  # value of a copy, in blocks of stall: the work of handing over 5000 blocks is worth a stall of one
 _MOST = 64  # blocks a plan
-_BATCH = 32  # victims that are looked for at a time
-_AGE = 4  # layers after which they are looked for anew
+_PRICED_OUT = 0.25  # of the price: blocks of less value are not looked at
+_BATCH = 32  # victims that are looked for at a time, at most
+_AGE = 8  # layers after which they are looked for anew
 _MEMORY = 16  # layers of steps, or plans, that the measures reach back
+_NEAR = 8  # layers of the running step whose probabilities change as it goes on
 _LATE = 0.5  # of a block's time that a late one is waited for
 _LATER = 0.4  # worth of a use one visit of its layer later
 
 
-class _Candidate(NamedTuple):
-    value: float
-    distance: int
-    expert: int
+_Candidate = tuple[float, int, int]  # value, distance, expert
 
 
 class ByValue:
@@ -67,17 +65,20 @@ class ByValue:
         self._residency, self._longest = residency, longest
         self.price, self.full = 0.0, False
         self._fetched, self._waited, self._missed = [1.0] * layers, [0.5] * layers, [0.5] * layers
-        self._factor = np.full((layers, 1), 0.5, np.float32)
+        self._factor = [0.5] * layers
         self._next = np.zeros((layers, experts), np.float32)  # probability of use at the next visit
         self._later = np.zeros((layers, experts), np.float32)  # worth of later uses
         self._not_later = np.ones((layers, experts), np.float32)
         self._cost = np.empty((layers, experts), np.float32)
         self._targets = [(np.arange(longest) + layer + 1) % layers for layer in range(-1, layers)]
+        self._orders = [targets.tolist() for targets in self._targets]
         self._victims: list[tuple[float, int]] = []
         self._age = 0
+        self._dear = 0.0  # about the cost of the last of a batch
 
     def begin_step(self, usual: Float32[np.ndarray, "L E"]) -> None:
         """A step begins, in which each key has the probability of use `usual`, before anything is seen of it."""
+        self._next[:] = usual
         np.multiply(usual, _LATER, out=self._later)
         np.subtract(1, self._later, out=self._not_later)
         for layer in range(len(self._factor)):
@@ -104,7 +105,7 @@ class ByValue:
         reach: Sequence[int],
         room: int,
         pace: LinkPace,
-        trust: Float32[np.ndarray, "longest"],
+        trust: Sequence[float],
     ) -> tuple[list[Key], list[int]]:
         """Take slots for blocks that are worth fetching now.
 
@@ -120,15 +121,25 @@ class ByValue:
         Returns:
           Keys in the order in which they should be copied, and their slots.
         """
-        behind = len(self._next) - 1 - layer
-        self._next[layer + 1 :] = ahead[:behind]
-        self._next[: layer + 1] = ahead[behind:]
+        near_rows = self._next[layer + 1 : layer + 1 + _NEAR]
+        near_rows[:] = ahead[: len(near_rows)]
+        self._next[layer] = ahead[-1]
         near = (layer + 1) % len(self._next)
-        self._factor[near] = 1
-        chosen = self._for_this_window(self._candidates(layer, ahead, reach, trust), min(room, _MOST), pace)
-        if len(chosen) >= room and not self._last_is_worth_it(chosen[-1], room, near, pace):
-            chosen.pop()
-        keys, slots = self._place(layer, needed, chosen) if chosen else ([], [])
+        self._factor[near] = 1.0
+        room = min(room, _MOST)
+        candidates = self._candidates(layer, ahead, reach, trust, room)
+        if len(candidates) > room:
+            chosen = self._for_this_window(candidates, room, pace)
+        else:
+            chosen, self.full = candidates, False
+            self.price -= self.price / _MEMORY
+        keys: list[Key] = []
+        slots: list[int] = []
+        if chosen:
+            chosen.sort(key=_urgency)
+            if len(chosen) == room and not self._last_is_worth_it(chosen[-1], room, near, pace):
+                chosen.pop()
+            keys, slots = self._place(layer, needed, chosen)
         self._refactor(near)
         return keys, slots
 
@@ -137,49 +148,55 @@ class ByValue:
         self._factor[layer] = share + (1 - share) * self.price
 
     def _candidates(
-        self,
-        layer: int,
-        ahead: Float32[np.ndarray, "L E"],
-        reach: Sequence[int],
-        trust: Float32[np.ndarray, "longest"],
-    ) -> Iterator[_Candidate]:
-        """Absent blocks by falling value, as far as anybody wants to know."""
-        targets = self._targets[layer + 1]
-        order = targets.tolist()
-        weights = self._factor[targets, 0] * trust
-        allowed = [reach[target] > place for place, target in enumerate(order)]
-        if not all(allowed):
-            weights *= allowed
-        values = ahead[: self._longest] * weights[:, None]
-        values *= self._residency.slot_of[targets] < 0
+        self, layer: int, ahead: Float32[np.ndarray, "L E"], reach: Sequence[int], trust: Sequence[float], room: int
+    ) -> list[_Candidate]:
+        """Absent blocks by falling value, as many as can matter."""
+        order, factor = self._orders[layer + 1], self._factor
+        count = self._longest
+        while count and reach[order[count - 1]] < count:
+            count -= 1
+        if not count:
+            return []
+        weights = [
+            factor[target] * trust[place] if reach[target] > place else 0.0
+            for place, target in enumerate(order[:count])
+        ]
+        values = ahead[:count] * np.array(weights, np.float32)[:, None]
+        if layer + count < len(self._next):
+            slots = self._residency.slot_of[layer + 1 : layer + 1 + count]
+        else:
+            slots = self._residency.slot_of.take(order[:count], axis=0)
+        values *= slots < 0
         for target, expert in self._residency.in_flight:
-            if target in order:
+            if target in order[:count]:
                 values[order.index(target), expert] = 0
         flat = values.reshape(-1)
-        most = 2 * _MOST
-        places = np.flatnonzero(flat > _LEAST)
-        if len(places) > most:
-            places = places[np.argpartition(flat[places], -most)[-most:]]
+        places = (flat > max(_LEAST, _PRICED_OUT * self.price)).nonzero()[0]
         worth = flat[places]
-        falling = np.argsort(-worth)
-        experts = values.shape[1]
-        for value, place in zip(worth[falling].tolist(), places[falling].tolist(), strict=True):
-            distance, expert = divmod(place, experts)
-            yield _Candidate(value, distance + 1, expert)
+        most = (room + 1) * (count + 1)
+        if len(places) > most:
+            best = worth.argpartition(-most)[-most:]
+            places, worth = places[best], worth[best]
+        falling = (-worth).argsort()
+        experts = self._next.shape[1]
+        return [
+            (value, place // experts + 1, place % experts)
+            for value, place in zip(worth[falling].tolist(), places[falling].tolist(), strict=True)
+        ]
 
-    def _for_this_window(self, candidates: Iterator[_Candidate], room: int, pace: LinkPace) -> list[_Candidate]:
-        """Those to fetch now, by distance and then by falling value."""
+    def _for_this_window(self, candidates: list[_Candidate], room: int, pace: LinkPace) -> list[_Candidate]:
+        """Those to fetch now."""
         window = min(pace.layer_seconds / pace.block_seconds, 2.0 * _MOST) if pace.block_seconds else 2.0 * _MOST
-        left = [0, room, *(int(window * d) - int(window * (d - 1)) for d in range(2, self._longest + 1))]
+        left = [0, room, *[int(window * d) - int(window * (d - 1)) for d in range(2, self._longest + 1)]]
         now: list[_Candidate] = []
         later: list[_Candidate] = []
         rejected = 0.0
         for candidate in candidates:
-            place = candidate.distance
+            place = candidate[1]
             while place and not left[place]:
                 place -= 1
             if not place:
-                rejected = candidate.value
+                rejected = candidate[0]
                 break
             left[place] -= 1
             (now if place == 1 else later).append(candidate)
@@ -188,40 +205,46 @@ class ByValue:
         if later and len(now) < room:
             later.sort(key=_urgency)
             now += later[: room - len(now)]
-        now.sort(key=_urgency)
         return now
 
     def _last_is_worth_it(self, last: _Candidate, room: int, near: int, pace: LinkPace) -> bool:
+        """Whether a block that is still under way when the next layer asks saves more than it costs then."""
         overrun = room * pace.block_seconds - pace.layer_seconds
         if overrun <= 0:
             return True
+        value, distance, _ = last
         hurts = self._missed[near] * overrun
-        if last.distance > 1:
-            return last.value * pace.block_seconds > hurts
-        return last.value * (pace.block_seconds - overrun) > (1 - last.value) * hurts
+        if distance > 1:
+            return value * pace.block_seconds > hurts
+        return value * (pace.block_seconds - overrun) > (1 - value) * hurts
 
     def _place(self, layer: int, needed: Sequence[int], chosen: list[_Candidate]) -> tuple[list[Key], list[int]]:
         """Slots for the chosen, the most valuable first, as long as they are worth more than what leaves for them."""
-        residency, layers = self._residency, len(self._next)
+        residency, order = self._residency, self._orders[layer + 1]
+        keys = [(order[distance - 1], expert) for _, distance, expert in chosen]
+        slots = [-1] * len(keys)
         free = residency.free
         victims = self._cheapest(layer, needed)
-        slots: dict[_Candidate, int] = {}
-        for candidate in sorted(chosen, reverse=True):
+        for place in sorted(range(len(chosen)), key=lambda place: -chosen[place][0]):
             victim = None
-            if len(slots) >= free:
+            if free:
+                free -= 1
+            else:
                 cost, victim = next(victims, (1.0, None))
-                if victim is None or candidate.value - cost <= _LEAST:
+                if victim is None or chosen[place][0] - cost <= _LEAST:
                     break
-            slots[candidate] = residency.displace((layer + candidate.distance) % layers, candidate.expert, victim)
-        placed = [candidate for candidate in chosen if candidate in slots]
-        keys = [((layer + candidate.distance) % layers, candidate.expert) for candidate in placed]
-        return keys, [slots[candidate] for candidate in placed]
+            slots[place] = residency.displace(*keys[place], victim)
+        if -1 in slots:
+            keys = [key for key, slot in zip(keys, slots, strict=True) if slot >= 0]
+            slots = [slot for slot in slots if slot >= 0]
+        return keys, slots
 
     def _cheapest(self, layer: int, needed: Sequence[int]) -> Iterator[tuple[float, Key]]:
         """Resident keys that may leave, and what that costs, the cheapest first or nearly so."""
         slot_of, experts = self._residency.slot_of, self._residency.experts
         if not self._residency.policy.gives_way:
             return
+        likely, later, not_later, factor = self._next, self._later, self._not_later, self._factor
         self._age += 1
         for _ in range(_MOST // _BATCH + 1):
             if self._age > _AGE or not self._victims:
@@ -231,7 +254,7 @@ class ByValue:
                 key = owner, expert = divmod(place, experts)
                 if slot_of[key] < 0 or (owner == layer and expert in needed):
                     continue
-                cost = float((self._next[key] * self._not_later[key] + self._later[key]) * self._factor[owner, 0])
+                cost = float(likely[key] * not_later[key] + later[key]) * factor[owner]
                 if cost <= 1.5 * before + _LEAST:
                     yield cost, key
 
@@ -240,13 +263,18 @@ class ByValue:
         self._age = 0
         cost = np.multiply(self._next, self._not_later, out=self._cost)
         cost += self._later
-        cost *= self._factor
+        cost *= np.array(self._factor, np.float32)[:, None]
         np.copyto(cost, np.inf, where=self._residency.slot_of < 0)
         flat = cost.reshape(-1)
-        count = min(_BATCH, len(flat) - 1)
-        places = flat.argpartition(count)[:count]
-        self._victims = sorted(zip(flat[places].tolist(), places.tolist(), strict=True), reverse=True)
+        count = min(_BATCH, self._residency.cache_slots // 12 + 1)
+        places = (flat < self._dear).nonzero()[0]
+        if not count <= len(places) <= 4 * count:
+            places = flat.argpartition(count)[:count]
+            self._dear = 1.5 * float(flat[places[-1]])
+        costs = flat[places]
+        falling = costs.argsort()[count - 1 :: -1]
+        self._victims = list(zip(costs[falling].tolist(), places[falling].tolist(), strict=True))
 
 
 def _urgency(candidate: _Candidate) -> tuple[int, float]:
-    return candidate.distance, -candidate.value
+    return candidate[1], -candidate[0]

@@ -64,14 +64,15 @@ class Horizons:
         self._step += 1
         if self.fixed is None:
             self._pace = pace
-            self._limit, self._why = self._bound(pace, trust)
-            layer_seconds = max(pace.layer_seconds, 1e-9)
-            ratios = (self.need.blocks * (pace.block_seconds / layer_seconds)).tolist()
-            for layer, ratio in enumerate(ratios):
-                base = self._base[layer]
+            limit, self._limit = self._limit, self._bound(pace, trust)
+            ratios = (self.need.blocks * (pace.block_seconds / max(pace.layer_seconds, 1e-9))).tolist()
+            for layer, (base, ratio) in enumerate(zip(self._base, ratios, strict=True)):
                 if not base - 1 - _SLACK <= ratio <= base + _SLACK:
                     self._base[layer] = min(max(1, math.ceil(ratio)), self.longest)
-                self._set(layer, "the formula or a limit")
+                    self._set(layer, "the formula")
+            if self._limit != limit:
+                for layer in range(len(self.of)):
+                    self._set(layer, self._why)
         self._means.append(self.mean)
 
     def served(self, layer: int, waited: int, full: bool, wasted: int) -> None:
@@ -123,19 +124,23 @@ class Horizons:
             "mean_by_step": list(self._means),
         }
 
-    def _bound(self, pace: LinkPace, trust: Trust) -> tuple[int, str]:
-        """The longest horizon that makes sense now, and why."""
+    def _bound(self, pace: LinkPace, trust: Trust) -> int:
+        """The longest horizon that makes sense now."""
         if pace.idle_share < _LEAST_IDLE:
-            return 0, f"demand copies leave {100 * pace.idle_share:.1f} % of the time"
+            self._why = f"demand copies leave {100 * pace.idle_share:.1f} % of the time"
+            return 0
         if pace.layer_seconds < _LEAST_IDLE * pace.block_seconds:
-            return 0, (
+            self._why = (
                 f"a layer computes for {1e3 * pace.layer_seconds:.3g} ms and a block takes "
                 f"{1e3 * pace.block_seconds:.3g} ms"
             )
-        for distance, share in enumerate(trust.of[: self.longest].tolist()):
+            return 0
+        for distance, share in enumerate(trust.of[: self.longest]):
             if share < _LEAST_TRUST:
-                return distance, f"{100 * share:.0f} % of what is predicted for distance {distance + 1} comes true"
-        return self.longest, "no horizon is longer"
+                self._why = f"{100 * share:.0f} % of what is predicted for distance {distance + 1} comes true"
+                return distance
+        self._why = "no horizon is longer"
+        return self.longest
 
     def _move(self, layer: int, by: int, reason: str) -> None:
         self._shift[layer] = min(max(self._shift[layer] + by, 1 - self._base[layer]), self.longest - self._base[layer])

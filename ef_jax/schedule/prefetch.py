@@ -152,7 +152,7 @@ class Prefetcher(Generic[Blocks]):
             raise PredictorError(f"{type(error).__name__}: {error}") from error
         if ahead.shape != (layers, experts):
             raise PredictorError(f"its probabilities are of shape {ahead.shape}, not {(layers, experts)}")
-        if not math.isfinite(float(ahead.sum())):
+        if not math.isfinite(float(ahead[: self.horizons.longest].sum())):
             raise PredictorError("its probabilities are not numbers")
         return ahead
 
@@ -162,7 +162,7 @@ class Prefetcher(Generic[Blocks]):
         return {
             "candidates": self._candidates,
             "price": value.price,
-            "trust": self._trust.of.tolist(),
+            "trust": list(self._trust.of),
             "waited_share": [value.share(layer) for layer in range(self._residency.layers)],
             "prefetches_failed": self._link.prefetches_failed,
             **self.horizons.report(),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+_EVERY = 3
 _MEMORY = 64  # layers of steps, of one distance, that the measure reaches back
 
 
@@ -18,7 +19,8 @@ class Trust:
     """The factor that makes probabilities true on average: the slope, through zero, of uses over probabilities.
 
     It is 1 for a predictor whose probabilities are frequencies, below 1 for one that claims too much, and 0 for one
-    that is always wrong. What it claims too little is left at that. One distance a layer is looked at, in turn.
+    that is always wrong. What it claims too little is left at that. One distance of every third layer is looked at, in
+    turn.
 
     Args:
       layers: MoE layers, L.
@@ -35,12 +37,14 @@ class Trust:
         self._products, self._squares = [1.0] * distances, [1.0] * distances  # with one observation to begin with
         self._seen = [1] * distances
         self._turn = 0
-        self.of = np.ones(distances, np.float32)
+        self.of = [1.0] * distances
 
     def told(self, layer: int, scores: Float32[np.ndarray, "distances E"]) -> None:
         """The predictor gave `scores` to the layers after `layer`."""
         self._turn += 1
-        distance = 1 + self._turn % min(self._distances, len(scores))
+        if self._turn % _EVERY:
+            return
+        distance = 1 + self._turn // _EVERY % min(self._distances, len(scores))
         target = (layer + distance) % self._layers
         before = self._told[target]
         if before is None or before.distance >= distance:
