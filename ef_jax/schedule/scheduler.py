@@ -71,6 +71,7 @@ class Scheduler(Generic[Blocks]):
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
+        self._unsure = False
         self._off_because = self._reason_to_be_off(prefetch)
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
@@ -115,6 +116,7 @@ class Scheduler(Generic[Blocks]):
           ahead: what the pre-gate sees from the embeddings of these tokens, see `Predictor.on_ahead`.
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
         """
+        self._make_sure()
         self.residency.policy.on_step(tokens)
         if self._accuracy is not None:
             self._accuracy.on_step()
@@ -152,14 +154,17 @@ class Scheduler(Generic[Blocks]):
           ahead: what the pre-gate sees from this layer, see `Predictor.on_ahead`.
 
         Returns:
-          Where the experts are, or will be after `complete`, which has to follow before the next `ask`.
+          Where the experts are, or will be after `complete`, which has to follow before the next `ask` unless nothing
+          is missing or late.
         """
         link, prefetcher, phase = self.link, self._prefetcher, self.stats.decode
         self._layer = layer
         if prefetcher is not None:
             prefetcher.gate()
             self._count_prefetches(prefetcher.begun)
+        self._unsure = True
         admission = self.residency.admit(layer, rows)
+        self._unsure = bool(admission.missing or admission.late)
         phase.hits[layer] += admission.hits
         if missing := admission.missing:
             spent = link.seconds
@@ -185,6 +190,7 @@ class Scheduler(Generic[Blocks]):
         if self._pending is not None:
             link.finish(self._pending, admission.missing_slots)
             self._pending = None
+        self._unsure = False
         self.stats.decode.stall_seconds += link.seconds - spent
         if self._timeline is not None and link.seconds > spent:
             late, missing = admission.late, admission.missing
@@ -200,10 +206,12 @@ class Scheduler(Generic[Blocks]):
           counts: rows of each expert.
         """
         residency, link, phase = self.residency, self.link, self.stats.prefill
+        self._make_sure()
         spent = link.seconds
         if self._prefetcher is not None:
             self._prefetcher.drain()
             self._count_prefetches(self._prefetcher.begun)
+        self._unsure = True
         waves, hits, misses = prompt_waves(residency, layer, counts, wave_size=self._wave_size)
         phase.hits[layer] += hits
         phase.misses[layer] += misses
@@ -218,6 +226,7 @@ class Scheduler(Generic[Blocks]):
                 link.settle()  # at most two waves of blocks are in flight
                 blocks = link.start(layer, following.experts)
             yield wave
+        self._unsure = False
         residency.policy.on_prompt(layer, counts)
         phase.stall_seconds += link.seconds - spent
 
@@ -227,6 +236,18 @@ class Scheduler(Generic[Blocks]):
             self._prefetcher.gate()
             self._count_prefetches(self._prefetcher.begun)
         self._report()
+
+    def _make_sure(self) -> None:
+        """Where the last run broke off after slots were given out and before they were filled, by an error of the link
+        or an interruption, nobody knows what they hold: forget all of it."""
+        if not self._unsure:
+            return
+        if isinstance(self.link, PrefetchLink):
+            self.link.abandon()
+        for key in self.residency.in_flight:
+            self.residency.cancel(*key)
+        self.residency.clear()
+        self._pending, self._unsure = None, False
 
     def _foresee(
         self,
