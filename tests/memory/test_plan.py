@@ -25,7 +25,13 @@ SPEC = ModelSpec(
     experts=ExpertSpec(count=16, top_k=2, width=32),
 )
 FIXED = FixedBytes(
-    dense=1_000_000, kv_cache=200_000, state=1000, workspace=300_000, transfer_blocks=0, transfer_rings=0
+    dense=1_000_000,
+    kv_cache=200_000,
+    state=1000,
+    look_ahead=0,
+    workspace=300_000,
+    transfer_blocks=0,
+    transfer_rings=0,
 )
 
 
