@@ -2,21 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import ef_jax
+from bench._emulated import EmulatedModels
+from ef_jax.schedule.link_model import LinkModel
 from ef_jax.timeline import COMPUTE, DEMAND, PREFETCH, STALLS, STEPS
 
 
-@pytest.fixture(scope="module")
-def lm() -> Any:
-    return ef_jax.load(expert_fraction=0.25, context=64, chunk=16, prefetch=2, emulate_link="500MB/s", progress=False)
-
-
-def test_a_timeline_shows_what_the_stats_count(lm: Any, tmp_path: Path) -> None:
-    lm.stats.reset()
+def test_a_timeline_shows_what_a_run_did(models: EmulatedModels, tmp_path: Path) -> None:
+    lm = models.make(0.25, LinkModel(bandwidth=500e6), prefetch=2, order="together")
     with lm.timeline() as timeline:
         lm.generate("ROMEO:", max_new_tokens=8, ignore_eos=True)
     lm.generate("ROMEO:", max_new_tokens=3)
@@ -29,6 +25,8 @@ def test_a_timeline_shows_what_the_stats_count(lm: Any, tmp_path: Path) -> None:
         assert names.count(f"layer {layer}") == 7
         assert names.count(f"prompt, layer {layer}") == 1
     assert names.count("head") == 8
+    waves = [name for name in names if name.startswith("prompt, wave")]
+    assert len(names) == 8 * 7 + 8 + 8 + len(waves)
     assert by_track[PREFETCH]
     first, last = by_track[STEPS][0], by_track[STEPS][-1]
     for span in spans:
@@ -36,9 +34,13 @@ def test_a_timeline_shows_what_the_stats_count(lm: Any, tmp_path: Path) -> None:
             assert span["ts"] >= first["ts"]
             assert span["ts"] + span["dur"] <= last["ts"] + last["dur"] + 1
     assert sum(len(span["args"]["experts"]) for span in by_track[DEMAND]) > 0
+    stalls = [span for span in spans if span["cat"] == STALLS and span["name"].startswith("layer")]
+    assert stalls
+    assert all(span["args"]["missing"] or span["args"]["late"] for span in stalls)
 
 
-def test_one_timeline_at_a_time(lm: Any) -> None:
+def test_one_timeline_at_a_time(models: EmulatedModels) -> None:
+    lm = models.lm
     with lm.timeline(), pytest.raises(ef_jax.InputError, match="a timeline is being noted already"), lm.timeline():
         pass
     with lm.timeline() as timeline:

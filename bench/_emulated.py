@@ -1,0 +1,107 @@
+"""Engines of one model on one set of programs, each with a cache, a link and a way of prefetching of its own."""
+
+import dataclasses
+from typing import Any
+
+from ef_jax.loading import plan_model
+from ef_jax.memory.plan import MemoryRequest
+from ef_jax.memory.policies import make_policy
+from ef_jax.memory.residency import Residency
+from ef_jax.predict import History, Predictor, Pregate
+from ef_jax.prefetching import DISTANCES, Prefetching
+from ef_jax.runtime.engine import Engine
+from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
+from ef_jax.schedule.device_link import DeviceLink
+from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.link_model import LinkModel
+
+
+class EmulatedModels:
+    """Models over the host store and the dense weights of `lm`, which must be all-resident and stays usable.
+
+    All have a pool of one size, so that nothing is compiled twice: slots that a cache does not have are staging. Copies
+    are made inside of inserts, which is the default on CPU.
+
+    Args:
+      lm: the all-resident model.
+      look: what programs compute of coming layers.
+      correction: the trained one, where `look` has one.
+    """
+
+    def __init__(self, lm: LanguageModel, look: LookAheadSpec | None = None, correction: Any = None) -> None:
+        engine, plan = lm._engine, lm.plan
+        self.look = look or LookAheadSpec(distances=min(DISTANCES, len(lm.spec.moe_layers)))
+        self.lm, self._correction = lm, correction
+        link = engine.link
+        self._store = (link._link if isinstance(link, EmulatedLink) else link)._store
+        request = MemoryRequest(expert_fraction=1.0, batch=plan.batch, context=plan.context, chunk=plan.chunk)
+        self._plan, self._looking = plan_model(lm.spec, request, engine.device, "in_program", self.look)
+        self._blind = self._looking.without_look_ahead()
+
+    def make(
+        self,
+        fraction: float,
+        link: LinkModel,
+        *,
+        prefetch: int | str = "auto",
+        predictor: str | Predictor | None = "pregate",
+        policy: str = "lru",
+        candidates: str = "value",
+        order: str = "auto",
+        link_kind: type[EmulatedLink] = EmulatedLink,
+        device_link_kind: type[DeviceLink] = DeviceLink,
+        **link_options: Any,
+    ) -> LanguageModel:
+        """A model with slots for a share of the experts.
+
+        Args:
+          fraction: share of the experts that have a slot, below 1.
+          link: the emulated link.
+          prefetch, policy, candidates, order: as for `ef_jax.load`.
+          predictor: "pregate", which the programs compute, with their correction if they have one; "history"; or an
+            object, which hears the programs' bins. None: none, and programs that compute nothing of coming layers.
+          link_kind, device_link_kind: what the engine's link is made of.
+          **link_options: further options of `link_kind`.
+        """
+        lm, spec = self.lm, self.lm.spec
+        device = lm._engine.device
+        shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
+        slots = int(fraction * self._plan.experts)
+        total = self._plan.slots + self._plan.staging_slots
+        plan = dataclasses.replace(self._plan, slots=slots, staging_slots=total - slots)
+        looking = None
+        if predictor is not None:
+            looking = LookAhead(
+                spec,
+                self.look,
+                lm._engine.dense,
+                batch=plan.batch,
+                sharding=lm._engine._batch.sharding,
+                correction=self._correction,
+            )
+        if predictor == "pregate":
+            predictor = Pregate(**shape, top_k=spec.experts.top_k, distances=self.look.distances)
+        elif predictor == "history":
+            predictor = History(**shape)
+        real = device_link_kind(spec, self._store, device, slots=total, mode="in_program")
+        engine = Engine(
+            spec,
+            plan,
+            self._blind if looking is None else self._looking,
+            lm._engine.dense,
+            Residency(
+                **shape,
+                cache_slots=slots,
+                staging_slots=total - slots,
+                policy=make_policy(policy, **shape, cache_slots=slots),
+            ),
+            link_kind(real, link, **link_options),
+            device,
+            look_ahead=looking,
+            predictor=predictor,
+            prefetching=Prefetching(prefetch=prefetch, predictor="none" if predictor is None else "pregate"),
+            candidates=candidates,
+            order=order,
+        )
+        return LanguageModel(lm.path, spec, engine, lm.tokenizer)
