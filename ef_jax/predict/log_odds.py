@@ -46,13 +46,8 @@ def log_odds(choice: Float[Any, "*rows E"], top_k: int, xp: ModuleType) -> Float
     known = xp.where(finite, choice, 0).astype(np.float32)
     mean, spread = _moments(known, finite, xp)
     scores = xp.where(finite, known, mean - experts * spread)  # no score is that far below the mean of its row
-    best = _best(scores, min(top_k + 1, experts), xp)
-    kth = best[..., top_k - 1, None]
-    after = best[..., top_k, None] if top_k < experts else kth - 2 * spread
-
-    above, level = scores > kth, scores == kth
-    left = top_k - above.sum(axis=-1, keepdims=True)
-    chosen = above | (level & (xp.cumsum(level, axis=-1) <= left))
+    kth, after, chosen = _ranked(scores, top_k, xp)
+    after = kth - 2 * spread if after is None else after
     margin = SLOPE * (scores - (kth + after) / 2) / spread
     margin = xp.where(chosen, xp.maximum(margin, _LEAST), xp.minimum(margin, -_LEAST))
     return xp.clip(xp.where(finite, margin, -LIMIT), -LIMIT, LIMIT).astype(np.float32)
@@ -103,10 +98,22 @@ def _moments(known: Float32[Any, "*rows E"], finite: Bool[Any, "*rows E"], xp: M
     return mean, xp.where(spread > 0, spread, 1).astype(np.float32)
 
 
-def _best(scores: Float32[Any, "*rows E"], count: int, xp: ModuleType) -> Float32[Any, "*rows count"]:
-    """The `count` highest scores of each row, highest first."""
+def _ranked(scores: Float32[Any, "*rows E"], top_k: int, xp: ModuleType) -> tuple[Any, Any, Any]:
+    """The k-th and the next score of each row, `[..., 1]`, None for no next; and which are the `top_k`, `[..., E]`."""
+    experts = scores.shape[-1]
     if xp is np:
-        return np.sort(scores, axis=-1)[..., ::-1][..., :count]
+        ranked = np.sort(scores, axis=-1)
+        lowest = ranked[..., experts - top_k, None]
+        above, level = scores > lowest, scores == lowest
+        left = top_k - above.sum(axis=-1, keepdims=True)
+        chosen = above | (level & (np.cumsum(level, axis=-1) <= left))
+        return lowest, ranked[..., experts - top_k - 1, None] if top_k < experts else None, chosen
     from jax import lax
 
-    return lax.top_k(scores, count)[0]  # a tenth of the time of jax.numpy.sort on a CPU
+    # Without the barrier XLA turns a top-k of which single columns are read into a sort, which takes a CPU 16 times as
+    # long. Equal scores come in the order of ids.
+    best, ids = lax.optimization_barrier(lax.top_k(scores, min(top_k + 1, experts)))
+    kth, last = best[..., top_k - 1, None], ids[..., top_k - 1, None]
+    after = best[..., top_k, None] if top_k < experts else None
+    id = lax.broadcasted_iota(ids.dtype, scores.shape, scores.ndim - 1)
+    return kth, after, (scores > kth) | ((scores == kth) & (id <= last))
