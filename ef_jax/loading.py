@@ -122,7 +122,8 @@ def load(
         checked_order = check_order(order)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
-        plan, programs = plan_model(spec, request, device, copy_mode, look)
+        prefetches = settled.prefetch != "off"
+        plan, programs = plan_model(spec, request, device, copy_mode, look_ahead=look, prefetches=prefetches)
         check_host_pool(spec, device.platform)
         _LOG.info("%s", plan)
         if on_plan is not None:
@@ -203,7 +204,9 @@ def plan_model(
     request: MemoryRequest,
     device: jax.Device,
     copy_mode: str | None = None,
+    *,
     look_ahead: LookAheadSpec | None = None,
+    prefetches: bool = False,
 ) -> tuple[MemoryPlan, Programs]:
     """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
 
@@ -222,7 +225,7 @@ def plan_model(
             workspace=workspace,
             transfer_blocks=transfer_blocks,
             transfer_rings=transfer_rings,
-            prefetch_blocks=blocks_ahead(spec.block_bytes) if look_ahead is not None and mode == "async" else 0,
+            prefetch_blocks=blocks_ahead(spec.block_bytes) if prefetches and mode == "async" else 0,
         )
 
     # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget

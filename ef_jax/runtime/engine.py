@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.errors import LinkError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
@@ -52,6 +53,7 @@ class Engine:
         self.spec, self.plan, self.programs = spec, plan, programs
         self.link, self.device = link, device
         self.look_ahead, self.order = look_ahead, order
+        self._off_because = prefetching.off_because
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
             experts=spec.total_experts,
@@ -176,6 +178,8 @@ class Engine:
         """The batch is done: nothing is fetched for it any more; note the peak of device memory."""
         self._batch.active[:] = False
         self.scheduler.end_run()
+        if self.stats.horizon is None and self._off_because is not None:
+            self.stats.horizon = {"off_because": self._off_because}
         self._note_peak()
 
     def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ from ef_jax.predict.predictor import Predictor
 from ef_jax.schedule.link import Blocks, Link, PrefetchLink
 from ef_jax.schedule.prefetch import PredictorError, Prefetcher, distinct
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
+from ef_jax.schedule.trial import Trial
 from ef_jax.stats import Stats
 from ef_jax.timeline import STALLS, Timeline
 
@@ -26,6 +27,8 @@ class Scheduler(Generic[Blocks]):
 
     A step is `begin_step`, then for each layer `ask` and `complete`, or `serve`, which is both. A layer that
     `cannot_miss` needs neither: its routing can be told later, by `note`.
+
+    Where the horizon is "auto", a `Trial` by the clock decides whether prefetching pays at all.
 
     Nothing that a predictor does can change a token. One that raises or that gives scores which are no numbers is not
     asked again: prefetching is off from there on, and `stats.horizon` says why.
@@ -76,6 +79,7 @@ class Scheduler(Generic[Blocks]):
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
             self._prefetcher = Prefetcher(residency, link, predictor, horizon=horizon, candidates=candidates, need=need)
+        self._trial = Trial(now) if self._prefetcher is not None and prefetch == "auto" else None
         self._report()
 
     def _reason_to_be_off(self, prefetch: Prefetch) -> str | None:
@@ -117,6 +121,8 @@ class Scheduler(Generic[Blocks]):
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
         """
         self._make_sure()
+        if self._trial is not None:
+            self._trial.begin_step(len(tokens))
         self.residency.policy.on_step(tokens)
         if self._accuracy is not None:
             self._accuracy.on_step()
@@ -207,6 +213,8 @@ class Scheduler(Generic[Blocks]):
         """
         residency, link, phase = self.residency, self.link, self.stats.prefill
         self._make_sure()
+        if self._trial is not None:
+            self._trial.pause()
         spent = link.seconds
         if self._prefetcher is not None:
             self._prefetcher.drain()
@@ -235,6 +243,8 @@ class Scheduler(Generic[Blocks]):
         if self._prefetcher is not None:
             self._prefetcher.gate()
             self._count_prefetches(self._prefetcher.begun)
+        if self._trial is not None:
+            self._trial.pause()
         self._report()
 
     def _make_sure(self) -> None:
@@ -301,8 +311,12 @@ class Scheduler(Generic[Blocks]):
         self._accuracy.on_ahead(layer, ahead)
 
     def _plan(self, layer: int, needed: Sequence[int]) -> None:
-        """Queue prefetches, if there is still somebody to go by."""
-        if self._prefetcher is not None and self._predictor is not None:
+        """Queue prefetches, if there is still somebody to go by and it is worth it."""
+        if self._prefetcher is None or self._predictor is None:
+            return
+        if self._trial is not None and not self._trial.on:
+            self._prefetcher.skip()
+        else:
             try:
                 self._prefetcher.plan(layer, needed)
             except PredictorError as error:
@@ -330,7 +344,10 @@ class Scheduler(Generic[Blocks]):
     def _report(self) -> None:
         """Bring the reports of `stats` up to date."""
         if self._prefetcher is not None:
-            self.stats.horizon = {"off_because": self._off_because, **self._prefetcher.report()}
+            because, report = self._off_because, self._prefetcher.report()
+            if self._trial is not None:
+                because, report["trial"] = because or self._trial.because or None, self._trial.report()
+            self.stats.horizon = {"off_because": because, **report}
         elif self._predictor is not None or self._off_because != "it is off":
             self.stats.horizon = {"off_because": self._off_because}
         if self._accuracy is not None:
