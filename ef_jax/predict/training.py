@@ -55,7 +55,7 @@ class TrainingOptions:
     epochs: float = 4.0
     steps: int | None = None
     batch: int = 512
-    learning_rate: float = 6e-3
+    learning_rate: float = 2e-2
     weight_decay: float = 1e-2
     held_out: float = 0.1
     evaluations: int = 20
