@@ -99,11 +99,10 @@ def pregate(
         x32 = x.astype(jnp.float32)[..., None, :]
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + spec.norm_eps)
         unit = (x32 * scale).astype(x.dtype)
-        norms, routers = taken(stack.norms), taken(stack.routers)
-        h = along_last(norms, unit) * unit
+        h = along_last(taken(stack.norms), unit) * unit
         if spec.router.dtype == "f32":
-            h, routers = h.astype(jnp.float32), routers.astype(jnp.float32)
-        logits = _products(h.reshape(-1, *h.shape[-2:]), routers).reshape(*h.shape[:-1], -1)
+            h = h.astype(jnp.float32)
+        logits = _products(h.reshape(-1, *h.shape[-2:]), stack.routers, first).reshape(*h.shape[:-1], -1)
         if stack.bias is not None:
             logits = logits + along_last(taken(stack.bias).astype(jnp.float32), logits)
         if shift is not None:
@@ -114,15 +113,20 @@ def pregate(
         return jnp.where(along_last(known[:, None], choice), choice, 0)
 
 
-def _products(h: Float[Array, "M C D"], routers: Float[Array, "C E D"]) -> Float32[Array, "M C E"]:
-    """`h[:, c] @ routers[c].T` for every c, accumulated in float32."""
+def _products(
+    h: Float[Array, "M count D"], routers: Float[Array, "R E D"], first: Int32[Array, ""]
+) -> Float32[Array, "M count E"]:
+    """`h[:, c] @ routers[first + c].T` for every c, in h's dtype, accumulated in float32."""
+    count = h.shape[1]
 
-    def one_by_one(h: Array, routers: Array) -> Array:
-        return jnp.stack([matmul_f32(h[:, c], routers[c]) for c in range(len(routers))], axis=1)
+    def one_by_one(h: Array, routers: Array, first: Array) -> Array:
+        rows = (jax.lax.dynamic_index_in_dim(routers, first + c, keepdims=False) for c in range(count))
+        return jnp.stack([matmul_f32(h[:, c], row.astype(h.dtype)) for c, row in enumerate(rows)], axis=1)
 
-    def together(h: Array, routers: Array) -> Array:
-        y = jnp.einsum("mcd,ced->mce", h, routers, preferred_element_type=jnp.float32)
+    def together(h: Array, routers: Array, first: Array) -> Array:
+        taken = jax.lax.dynamic_slice_in_dim(routers, first, count).astype(h.dtype)
+        y = jnp.einsum("mcd,ced->mce", h, taken, preferred_element_type=jnp.float32)
         return y.astype(jnp.float32)
 
     # XLA's CPU products of many matrices add up in another order than those of one, and are slower from 4 rows on.
-    return jax.lax.platform_dependent(h, routers, cpu=one_by_one, default=together)
+    return jax.lax.platform_dependent(h, routers, first, cpu=one_by_one, default=together)
