@@ -36,7 +36,9 @@ class EmulatedModels:
         link = engine.link
         self._store = (link._link if isinstance(link, EmulatedLink) else link)._store
         request = MemoryRequest(expert_fraction=1.0, batch=plan.batch, context=plan.context, chunk=plan.chunk)
-        self._plan, self._looking = plan_model(lm.spec, request, engine.device, "in_program", self.look)
+        self._plan, self._looking = plan_model(
+            lm.spec, request, engine.device, "in_program", look_ahead=self.look, prefetches=True
+        )
         self._blind = self._looking.without_look_ahead()
 
     def make(
