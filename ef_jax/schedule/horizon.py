@@ -11,6 +11,7 @@ from ef_jax.schedule.trust import Trust
 LONGEST = 8
 _WAITS = 4.0  # blocks waited for behind a full window, less what was fetched too early, until a horizon grows by one
 _OVERFETCHES = 16.0  # blocks fetched too early, less what was waited for, until it shrinks by one
+_REACH = 2  # layers by which the counters move a horizon from the formula at most
 _SLACK = 0.1  # layers by which the formula must leave the whole number that it was rounded to
 _LEAST_IDLE = 0.01  # of the time, or of a block's time in a layer
 _LEAST_TRUST = 0.05
@@ -25,6 +26,9 @@ class Horizons:
     fetch and the seconds are measured on the way. Two counters correct it. Blocks that were waited for although they
     were predicted, because the window before was full, lengthen it by one; blocks that were fetched and left unused
     shorten it by one; either counter begins anew when it has had its effect, and they count against each other.
+    They move it by two layers at most, and begin anew when the formula moves: behind a link that is always full stalls
+    would lengthen every horizon to the end, and keep it there after the link has recovered (`bench.horizon`, part
+    "adaptation": a horizon that takes 40 to 90 steps to follow the link then takes 2 to 20; steps take the same time).
 
     No horizon reaches further than predictions can be trusted (`Trust` of at least 0.05), and all are 0 while no copy
     can hide behind computing: less than 1 % of the time is left by demand copies, or a layer computes for less than
@@ -69,6 +73,7 @@ class Horizons:
             for layer, (base, ratio) in enumerate(zip(self._base, ratios, strict=True)):
                 if not base - 1 - _SLACK <= ratio <= base + _SLACK:
                     self._base[layer] = min(max(1, math.ceil(ratio)), self.longest)
+                    self._shift[layer], self._count[layer] = 0, 0.0
                     self._set(layer, "the formula")
             if self._limit != limit:
                 for layer in range(len(self.of)):
@@ -143,7 +148,9 @@ class Horizons:
         return self.longest
 
     def _move(self, layer: int, by: int, reason: str) -> None:
-        self._shift[layer] = min(max(self._shift[layer] + by, 1 - self._base[layer]), self.longest - self._base[layer])
+        base = self._base[layer]
+        least, most = max(1 - base, -_REACH), min(self.longest - base, _REACH)
+        self._shift[layer] = min(max(self._shift[layer] + by, least), most)
         self._set(layer, reason)
 
     def _set(self, layer: int, reason: str) -> None:
