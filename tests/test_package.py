@@ -57,6 +57,7 @@ def test_importing_waits_for_nothing() -> None:
     [
         ("ef_jax.cli", ["--help"]),
         ("ef_jax.cli", ["generate", "--help"]),
+        ("ef_jax.cli", ["train-predictor", "--help"]),
         ("checkpoints_tools.cli", ["--help"]),
         ("checkpoints_tools.cli", ["inspect", "ef_jax/models/small_moe"]),
     ],
