@@ -17,3 +17,10 @@ def test_nothing_is_drawn_off_a_terminal() -> None:
     with Progress(0, "layers", "converting", stream) as progress:
         progress.update()
     assert stream.getvalue() == ""
+
+
+def test_a_note_says_how_it_goes() -> None:
+    stream = io.StringIO()
+    with Progress(2, "steps", "training", stream, enabled=True) as progress:
+        progress.update(note="loss 0.25")
+    assert ", loss 0.25\r" in stream.getvalue()
