@@ -57,7 +57,7 @@ def simulate(
         nothing to go by.
       link: the link's figures. None: copies take no time, and nothing is timed.
       compute_seconds: virtual seconds from one layer's routing to the next layer's in a step: one figure, or one a
-        layer; see `compute_seconds_per_layer`.
+        layer; see `compute_seconds_per_layer`. Half of the last one's pass after the next step has begun.
       prompt_seconds: the same in a prompt's chunk; the waves of a layer share them by their rows.
       predictor: a name of `PREDICTORS`, or an object. It hears pre-gate bins if `bins` are given, or if it is called
         "pregate" and the trace has scores.
@@ -212,6 +212,7 @@ class Replay:
             predictor=predictor,
             prefetch=prefetch,
             candidates=candidates,
+            trial=False,  # nothing but the link takes time
             now=lambda: self._clock.now,
         )
 
@@ -257,7 +258,9 @@ class Replay:
             for layer, rows in enumerate(step.routes):
                 serve(layer, rows, of_source[layer + 1])
         else:
-            for layer, (rows, seconds) in enumerate(zip(step.routes, self._step_seconds, strict=True)):
+            *most, last = self._step_seconds
+            self._compute("first layer's attention", last / 2)
+            for layer, (rows, seconds) in enumerate(zip(step.routes, [*most, last / 2], strict=True)):
                 serve(layer, rows, of_source[layer + 1])
                 self._compute(f"layer {layer}", seconds)
 

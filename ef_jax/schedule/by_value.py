@@ -21,21 +21,23 @@ _LATER = 0.4  # worth of a use one visit of its layer later
 
 
 _Candidate = tuple[float, int, int]  # value, distance, expert
+_Chosen = tuple[list[_Candidate], float]
 
 
 class ByValue:
     """Fetches the blocks that save most, into slots of those that cost least; of any layer, whatever its floor.
 
     Values are in blocks of stall. A block for the next layer saves its probability of use: nothing else can. One for a
-    layer further on saves less, since it can be fetched later. What it saves is its probability times
+    layer further on saves less, since it can be fetched later, at a price. It saves its probability times
 
-        share + (1 - share) x price,
+        share^2 + (1 - share^2) x price,
 
-    where `share`, measured for each layer, is the part of the experts that it used and that had to be fetched which
-    it had to wait for, and `price` the value of the best block that found no room on the link of late. With a link
-    that is idle for the most part both are near 0. With a saturated one `price` is near 1, since every block that is
-    fetched takes the place of another. The same factor makes the cost of giving up a slot of the probability that its
-    block is used at the next visit of its layer, or else at a later one: evicting it means fetching it again.
+    but no more than the price. `price` is what the best block was worth that found no room on the link in the window
+    before that layer, `share` the part of the experts that the layer used and that had to be fetched which it had to
+    wait for; both are measured as steps go by. With a link that is idle for the most part both are near 0; with a
+    saturated one `price` is near 1, since every block that is fetched takes the place of another. The same makes the
+    cost of giving up a slot, of the probability that its block is used at the next visit of its layer, or else at a
+    later one: it would have to be fetched again.
 
     The link can begin so many blocks before each of the coming layers asks. Blocks of the greatest value come first,
     and each takes the last place that is early enough for it; those that land in the window that begins now are
@@ -46,24 +48,27 @@ class ByValue:
     The last block of a full window is still under way when the next layer asks. Unless it is used, a demand copy waits
     for it: it goes only if it is worth that.
 
-    On routes of DeepSeek-V2-Lite with predictions of which 90 % come true one layer ahead, over links of 0.25 to 64
-    times the bandwidth that balances computing, this stalls for 0.02 to 0.97 times what a threshold of one half does,
-    and less than half as long from 1 times on. `_LATER` is 0.4 by measurement: 0 costs 20 % more stall where half of
-    the experts are cached, 0.9 costs 2 % more where an eighth is.
+    Chosen by measurement, on routes of DeepSeek-V2-Lite with predictions from history alone and with such of which 90 %
+    come true one layer ahead, over links of 0.25 to 16 times the bandwidth that balances computing: the square of the
+    share (the share itself stalls up to 12 % longer with the one, the price alone up to 19 % with the other), and 0.4
+    for a use one visit later (0 stalls 25 % longer where half of the experts are cached, 0.9 2 % where an eighth is).
 
     Args:
       residency: which block is where.
       longest: no horizon is longer.
 
     Attributes:
-      price: see above.
+      prices: see above, by layer.
       full: the last plan had no room left for a block of any value.
     """
 
     def __init__(self, residency: Residency, *, longest: int) -> None:
         layers, experts = residency.layers, residency.experts
         self._residency, self._longest = residency, longest
-        self.price, self.full = 0.0, False
+        self.full = False
+        self.prices, self._plans = [0.5] * layers, [0] * layers
+        self._cap = [0.5] * layers
+        self._own = 0.5
         self._fetched, self._waited, self._missed = [1.0] * layers, [0.5] * layers, [0.5] * layers
         self._factor = [0.5] * layers
         self._next = np.zeros((layers, experts), np.float32)  # probability of use at the next visit
@@ -125,14 +130,15 @@ class ByValue:
         near_rows[:] = ahead[: len(near_rows)]
         self._next[layer] = ahead[-1]
         near = (layer + 1) % len(self._next)
-        self._factor[near] = 1.0
+        self._own = self._factor[near]
+        self._factor[near], self._cap[near] = 1.0, 1.0
         room = min(room, _MOST)
         candidates = self._candidates(layer, ahead, reach, trust, room)
         if len(candidates) > room:
-            chosen = self._for_this_window(candidates, room, pace)
+            chosen, rejected = self._for_this_window(candidates, room, pace)
         else:
-            chosen, self.full = candidates, False
-            self.price -= self.price / _MEMORY
+            chosen, rejected = candidates, 0.0
+        self._priced(near, rejected)
         keys: list[Key] = []
         slots: list[int] = []
         if chosen:
@@ -144,8 +150,15 @@ class ByValue:
         return keys, slots
 
     def _refactor(self, layer: int) -> None:
-        share = self.share(layer)
-        self._factor[layer] = share + (1 - share) * self.price
+        share, price = self.share(layer), self.prices[layer]
+        self._factor[layer] = share * share + (1 - share * share) * price
+        self._cap[layer] = price + _LEAST
+
+    def _priced(self, layer: int, rejected: float) -> None:
+        """The window before `layer` had no room for a block of the value `rejected`."""
+        self.full = rejected > 0
+        plans = self._plans[layer] = min(self._plans[layer] + 1, _MEMORY)
+        self.prices[layer] += (rejected - self.prices[layer]) / plans
 
     def _candidates(
         self, layer: int, ahead: Float32[np.ndarray, "L E"], reach: Sequence[int], trust: Sequence[float], room: int
@@ -162,6 +175,9 @@ class ByValue:
             for place, target in enumerate(order[:count])
         ]
         values = ahead[:count] * np.array(weights, np.float32)[:, None]
+        if count > 1:
+            caps = [self._cap[target] for target in order[:count]]
+            np.minimum(values, np.array(caps, np.float32)[:, None], out=values)
         if layer + count < len(self._next):
             slots = self._residency.slot_of[layer + 1 : layer + 1 + count]
         else:
@@ -171,7 +187,7 @@ class ByValue:
             if target in order[:count]:
                 values[order.index(target), expert] = 0
         flat = values.reshape(-1)
-        places = (flat > max(_LEAST, _PRICED_OUT * self.price)).nonzero()[0]
+        places = (flat > max(_LEAST, _PRICED_OUT * self.prices[order[0]])).nonzero()[0]
         worth = flat[places]
         most = (room + 1) * (count + 1)
         if len(places) > most:
@@ -184,8 +200,10 @@ class ByValue:
             for value, place in zip(worth[falling].tolist(), places[falling].tolist(), strict=True)
         ]
 
-    def _for_this_window(self, candidates: list[_Candidate], room: int, pace: LinkPace) -> list[_Candidate]:
-        """Those to fetch now."""
+    def _for_this_window(
+        self, candidates: list[_Candidate], room: int, pace: LinkPace
+    ) -> tuple[list[_Candidate], float]:
+        """Those to fetch now, and the value of the best that finds no room at all."""
         window = min(pace.layer_seconds / pace.block_seconds, 2.0 * _MOST) if pace.block_seconds else 2.0 * _MOST
         left = [0, room, *[int(window * d) - int(window * (d - 1)) for d in range(2, self._longest + 1)]]
         now: list[_Candidate] = []
@@ -200,12 +218,10 @@ class ByValue:
                 break
             left[place] -= 1
             (now if place == 1 else later).append(candidate)
-        self.full = rejected > 0
-        self.price += (rejected - self.price) / _MEMORY
         if later and len(now) < room:
             later.sort(key=_urgency)
             now += later[: room - len(now)]
-        return now
+        return now, rejected
 
     def _last_is_worth_it(self, last: _Candidate, room: int, near: int, pace: LinkPace) -> bool:
         """Whether a block that is still under way when the next layer asks saves more than it costs then."""
@@ -224,14 +240,17 @@ class ByValue:
         keys = [(order[distance - 1], expert) for _, distance, expert in chosen]
         slots = [-1] * len(keys)
         free = residency.free
-        victims = self._cheapest(layer, needed)
+        victims = self._cheapest(layer, needed, len(chosen) - free)
         for place in sorted(range(len(chosen)), key=lambda place: -chosen[place][0]):
             victim = None
             if free:
                 free -= 1
             else:
                 cost, victim = next(victims, (1.0, None))
-                if victim is None or chosen[place][0] - cost <= _LEAST:
+                value, distance, _ = chosen[place]
+                target = keys[place][0]
+                kept = float(self._later[keys[place]]) * (self._own if distance == 1 else self._factor[target])
+                if victim is None or value + (1 - value) * kept - cost <= _LEAST:
                     break
             slots[place] = residency.displace(*keys[place], victim)
         if -1 in slots:
@@ -239,34 +258,35 @@ class ByValue:
             slots = [slot for slot in slots if slot >= 0]
         return keys, slots
 
-    def _cheapest(self, layer: int, needed: Sequence[int]) -> Iterator[tuple[float, Key]]:
+    def _cheapest(self, layer: int, needed: Sequence[int], wanted: int) -> Iterator[tuple[float, Key]]:
         """Resident keys that may leave, and what that costs, the cheapest first or nearly so."""
         slot_of, experts = self._residency.slot_of, self._residency.experts
         if not self._residency.policy.gives_way:
             return
         likely, later, not_later, factor = self._next, self._later, self._not_later, self._factor
         self._age += 1
-        for _ in range(_MOST // _BATCH + 1):
-            if self._age > _AGE or not self._victims:
-                self._look_for_victims()
+        for _ in range(2):
+            if self._age > _AGE or len(self._victims) < wanted:
+                self._look_for_victims(wanted)
             while self._victims:
                 before, place = self._victims.pop()
                 key = owner, expert = divmod(place, experts)
                 if slot_of[key] < 0 or (owner == layer and expert in needed):
                     continue
-                cost = float(likely[key] * not_later[key] + later[key]) * factor[owner]
+                cost = min(float(likely[key] * not_later[key] + later[key]) * factor[owner], self._cap[owner])
                 if cost <= 1.5 * before + _LEAST:
                     yield cost, key
 
-    def _look_for_victims(self) -> None:
+    def _look_for_victims(self, wanted: int) -> None:
         """The resident keys of least cost, the dearest of them first."""
         self._age = 0
         cost = np.multiply(self._next, self._not_later, out=self._cost)
         cost += self._later
         cost *= np.array(self._factor, np.float32)[:, None]
+        np.minimum(cost, np.array(self._cap, np.float32)[:, None], out=cost)
         np.copyto(cost, np.inf, where=self._residency.slot_of < 0)
         flat = cost.reshape(-1)
-        count = min(_BATCH, self._residency.cache_slots // 12 + 1)
+        count = min(max(_BATCH, 2 * wanted), self._residency.cache_slots // 12 + wanted, len(flat) - 1)
         places = (flat < self._dear).nonzero()[0]
         if not count <= len(places) <= 4 * count:
             places = flat.argpartition(count)[:count]

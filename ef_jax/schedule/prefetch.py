@@ -107,14 +107,18 @@ class Prefetcher(Generic[Blocks]):
         keys: list[Key] = []
         slots: list[int] = []
         room = link.window()
-        if room > 0 and any(horizons.of):
+        if room > 0 and (any(horizons.of) or horizons.fixed is None):
             ahead = self._ahead(layer)
             if self._simple is None:
-                self._trust.told(layer, ahead[: horizons.longest])
+                self._trust.told(layer, ahead[: horizons.longest])  # also while it is too low to prefetch
                 keys, slots = self._value.choose(layer, needed, ahead, horizons.of, room, link.pace, self._trust.of)
             else:
                 keys, slots = self._simple.choose(layer, needed, ahead, horizons.of, room)
         link.prefetch(keys, slots)
+
+    def skip(self) -> None:
+        """Plan nothing after this layer; the link still hears that it has all that it asked for."""
+        self._link.prefetch([], [])
 
     def wait(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Wait for blocks in flight that the running step needs; returns the experts whose copy has failed, which are
@@ -161,7 +165,7 @@ class Prefetcher(Generic[Blocks]):
         value = self._value
         return {
             "candidates": self._candidates,
-            "price": value.price,
+            "price": [round(price, 4) for price in value.prices],
             "trust": list(self._trust.of),
             "waited_share": [value.share(layer) for layer in range(self._residency.layers)],
             "prefetches_failed": self._link.prefetches_failed,

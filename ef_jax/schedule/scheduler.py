@@ -44,7 +44,9 @@ class Scheduler(Generic[Blocks]):
         predictor or the link cannot prefetch. "off" or 0: only what is needed is copied.
       candidates: how blocks are chosen, see `Prefetcher`.
       need: estimate of the blocks that are needed, see `Prefetcher`.
-      now: the clock of timelines, in seconds.
+      trial: where prefetching is automatic, hold a `Trial` of it; False where nothing but copies takes the host time,
+        as on a virtual clock.
+      now: the clock of trials and timelines, in seconds.
 
     Raises:
       InputError: a horizon without a predictor, beyond the number of layers, or over a link that cannot prefetch.
@@ -62,6 +64,7 @@ class Scheduler(Generic[Blocks]):
         prefetch: Prefetch = "off",
         candidates: str = "value",
         need: str = "mean",
+        trial: bool = True,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
@@ -79,7 +82,7 @@ class Scheduler(Generic[Blocks]):
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
             self._prefetcher = Prefetcher(residency, link, predictor, horizon=horizon, candidates=candidates, need=need)
-        self._trial = Trial(now) if self._prefetcher is not None and prefetch == "auto" else None
+        self._trial = Trial(now) if trial and self._prefetcher is not None and prefetch == "auto" else None
         self._report()
 
     def _reason_to_be_off(self, prefetch: Prefetch) -> str | None:

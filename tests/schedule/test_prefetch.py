@@ -166,7 +166,7 @@ def test_what_left_unused_is_counted_as_wasted():
 
 def test_the_running_layer_and_nearer_ones_lose_nothing():
     """One list of slots for all layers: only the layer that is furthest from being used may lose one."""
-    rig = Rig(slots=3, layers=3, horizon=2, compute=9.0)
+    rig = Rig(slots=3, layers=3, horizon=2, compute=9.0, candidates="threshold")
     rig.residency.floors[:] = [0, 0, 0]
     rig.scheduler.serve(2, [[0]])
     rig.clock.advance(9.0)
