@@ -124,7 +124,7 @@ class _Layer:
         k, v, state = self._donated
         window, positions, look = self._others
         began = time.perf_counter()
-        carried, k, v, ahead = jax.block_until_ready(self._program(*self._fixed, k, v, window, positions, look, state))
+        _, k, v, ahead = jax.block_until_ready(self._program(*self._fixed, k, v, window, positions, look, state))
         seconds = time.perf_counter() - began
         self._donated = [k, v, None if ahead is None else ahead[1]]
         return seconds

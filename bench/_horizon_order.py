@@ -1,4 +1,4 @@
-"""Part "order" of `bench.horizon`: rows of resident experts first, or all together, in batches over an emulated link."""
+"""Part "order" of `bench.horizon`: rows of resident experts first, or all together, over an emulated link."""
 
 import statistics
 from typing import Any
@@ -17,7 +17,7 @@ ORDERS = ("together", "resident_first", "auto")
 
 
 def run(repeats: int) -> dict[str, Any]:
-    """Median milliseconds a step and stall by order, with experts fetched on demand; outputs are equal in all orders."""
+    """Median milliseconds a step and of stall by order, with experts fetched on demand; outputs must be equal."""
     cells = []
     for batch in BATCHES:
         for rate in RATES:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ef_jax.errors import InputError
+from ef_jax.schedule.scheduler import Prefetch
 from ef_jax.spec import ModelSpec
 
 PREDICTORS = ("pregate", "history", "none")
@@ -24,7 +25,7 @@ class Prefetching:
       off_because: where prefetching was left to be decided and is off, why.
     """
 
-    prefetch: int | str
+    prefetch: Prefetch
     predictor: str
     trained: Path | None = None
     off_because: str | None = None
@@ -36,6 +37,9 @@ class Prefetching:
     def distances(self, spec: ModelSpec) -> int:
         """Distances that the programs have to score; 0: they need not look ahead."""
         return min(DISTANCES, len(spec.moe_layers)) if self.predictor == "pregate" else 0
+
+
+NO_PREFETCHING = Prefetching(prefetch="off", predictor="none")
 
 
 def settle(
@@ -57,31 +61,37 @@ def settle(
     Raises:
       InputError: no such option, or one that cannot take effect.
     """
-    layers = len(spec.moe_layers)
-    if isinstance(prefetch, str) and prefetch.isdecimal():
-        prefetch = int(prefetch)
-    if prefetch not in ("auto", "off") and not (isinstance(prefetch, int) and 0 <= prefetch <= layers):
-        raise InputError(
-            f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {layers}, the number of MoE layers'
-        )
+    horizon = _horizon(prefetch, len(spec.moe_layers))
     off_because = None
-    if not overlaps and prefetch == "auto":
-        off_because = "copies run on the cores that compute, so there is nothing to hide them behind"
-    elif not overlaps and prefetch not in ("off", 0):
+    if not overlaps and horizon == "auto":
+        horizon, off_because = "off", "copies run on the cores that compute, so there is nothing to hide them behind"
+    elif not overlaps and horizon != "off":
         raise InputError(
             f'prefetch {prefetch} cannot take effect: copy mode "in_program" copies on the cores that compute; give '
             'copy_mode="async", an emulated link, or prefetch="off"'
         )
-    if off_because or prefetch == 0:
-        prefetch = "off"
     if predictor is None:
-        predictor = "none" if prefetch == "off" else "pregate"
-    if predictor == "none" and prefetch != "off":
+        predictor = "none" if horizon == "off" else "pregate"
+    if predictor == "none" and horizon != "off":
         raise InputError(f'prefetch {prefetch} needs a predictor: give "pregate", "history" or a trained one')
     if predictor in PREDICTORS:
-        return Prefetching(prefetch=prefetch, predictor=str(predictor), off_because=off_because)
+        return Prefetching(prefetch=horizon, predictor=str(predictor), off_because=off_because)
     if not Path(predictor).is_dir():
         raise InputError(
             f"predictor {str(predictor)!r:.200} is not one of {', '.join(PREDICTORS)} and no directory of a trained one"
         )
-    return Prefetching(prefetch=prefetch, predictor="pregate", trained=Path(predictor), off_because=off_because)
+    return Prefetching(prefetch=horizon, predictor="pregate", trained=Path(predictor), off_because=off_because)
+
+
+def _horizon(prefetch: int | str, layers: int) -> Prefetch:
+    if isinstance(prefetch, str) and prefetch.isdecimal():
+        prefetch = int(prefetch)
+    if prefetch == "auto":
+        return "auto"
+    if prefetch in ("off", 0):
+        return "off"
+    if isinstance(prefetch, str) or not 0 <= prefetch <= layers:
+        raise InputError(
+            f'prefetch {prefetch!r:.60}: give "auto", "off" or a horizon of 0 to {layers}, the number of MoE layers'
+        )
+    return prefetch

@@ -3,19 +3,20 @@
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ef_jax.errors import LinkError
+from ef_jax.errors import InputError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
-from ef_jax.runtime.batch import Batch
 from ef_jax.predict import Predictor
-from ef_jax.prefetching import Prefetching
+from ef_jax.prefetching import NO_PREFETCHING, Prefetching
+from ef_jax.runtime.batch import Batch
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
@@ -46,7 +47,7 @@ class Engine:
         *,
         look_ahead: LookAhead | None = None,
         predictor: Predictor | None = None,
-        prefetching: Prefetching = Prefetching(prefetch="off", predictor="none"),
+        prefetching: Prefetching = NO_PREFETCHING,
         candidates: str = "value",
         order: Order = "auto",
     ) -> None:
@@ -68,19 +69,12 @@ class Engine:
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
         self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
-        looks = look_ahead.looks if look_ahead is not None else [None] * (1 + len(self._moe_index))
-        self._first_look, self._looks = (
-            looks[0],
-            [
-                looks[1 + self._moe_index[layer]] if layer in self._moe_index else None
-                for layer in range(len(spec.layers))
-            ],
-        )
+        self._arrange_looks()
         self._report: jax.Array | None = None
         self._token_report: Report | None = None
         chosen = plan.batch * spec.experts.top_k
         self._no_outputs = jnp.zeros((chosen, spec.hidden), jnp.dtype(spec.dtype), device=self._batch.sharding)
-        self.scheduler = Scheduler(
+        self.scheduler: Scheduler[Any] = Scheduler(
             residency,
             link,
             self.stats,
@@ -109,6 +103,17 @@ class Engine:
         """
         self.timeline = timeline
         self.scheduler.show(timeline)
+
+    def shift_pregate(self, shifts: np.ndarray) -> None:
+        """Add `shifts`, f32 `[L + 1, H, E]`, to pre-gate logits from now on; see `residual_means`.
+
+        Raises:
+          InputError: nothing looks ahead, or a trained predictor does.
+        """
+        if self.look_ahead is None:
+            raise InputError('nothing looks ahead here: load the model with prefetch="auto" and a link that overlaps')
+        self.look_ahead.shift(shifts)
+        self._arrange_looks()
 
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
@@ -290,6 +295,14 @@ class Engine:
             carried = serve(self._moe_index[last], carried)
             self._served_at = time.perf_counter()
         return carried
+
+    def _arrange_looks(self) -> None:
+        """The look ahead of each decoder layer's program, and that of the head's; None where there is none."""
+        looks = [None] * (1 + len(self._moe_index)) if self.look_ahead is None else self.look_ahead.looks
+        self._first_look: Look | None = looks[0]
+        self._looks: list[Look | None] = [None] * len(self.spec.layers)
+        for layer, index in self._moe_index.items():
+            self._looks[layer] = looks[1 + index]
 
     def _look_state(self, look: Look | None) -> jax.Array | None:
         return None if look is None or self.look_ahead is None else self.look_ahead.state

@@ -15,7 +15,7 @@ from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.generation import FinishReason, Generation, Score
 from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.runtime.recorder import Listener, Recorder
-from ef_jax.runtime.residual_means import ResidualMeans
+from ef_jax.runtime.residual_means import ResidualMeans, logit_shifts
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
@@ -203,6 +203,26 @@ class LanguageModel:
         with self._listening(means):
             self.score(texts)
         return means.means()
+
+    def calibrate_pregate(self, texts: Prompt | Sequence[Prompt]) -> None:
+        """Add the mean way of the residual stream between layers, measured on texts, to what the pre-gate sees.
+
+        A few hundred tokens like those that will be generated are enough. Recall of the bundled model rises by one
+        point at distances 1 to 3 and by up to four at 6; a trained predictor knows the same and needs none of it.
+
+        Args:
+          texts: texts, or lists of token ids.
+
+        Raises:
+          InputError: as `residual_means`; nothing looks ahead; or a trained predictor does.
+        """
+        engine = self._engine
+        if engine.look_ahead is None or engine.look_ahead.spec.correction is not None:
+            raise InputError(
+                "there is no pre-gate of its own to calibrate: load with prefetching and no trained one"
+            )
+        stack, distances = engine.look_ahead.looks[0].stack, engine.look_ahead.spec.distances
+        engine.shift_pregate(logit_shifts(self.spec, stack, self.residual_means(texts), distances))
 
     @contextlib.contextmanager
     def _listening(self, listener: Listener) -> Iterator[None]:

@@ -7,6 +7,7 @@ layer computes.
 """
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
+from ef_jax.errors import InputError
 from ef_jax.nn import correction
 from ef_jax.nn.correction import CommonLeaves, Correction, CorrectionSpec, SourceLeaves
 from ef_jax.nn.pregate import RouterStack, pregate, router_stack_shapes, stack_routers
@@ -28,22 +30,27 @@ _DIVERSITY_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LookAheadSpec:
-    """What the programs compute of coming layers: scores at `distances` distances, corrected or shifted where asked."""
+    """What the programs compute of coming layers: scores at `distances` distances, corrected where asked."""
 
     distances: int
     correction: CorrectionSpec | None = None
-    shift: bool = False
+
+
+class Trained(NamedTuple):
+    """What a trained correction adds to a look: what all sources share, and what is the source's own."""
+
+    common: CommonLeaves
+    source: SourceLeaves
 
 
 class Look(NamedTuple):
     """Arguments of one program's look ahead, all on the device: the model's routers, the first MoE layer to score,
-    and the trained parts (None where there are none) for the state that is looked ahead from."""
+    what is added to the logits, and the trained parts (None where there are none) for the source."""
 
     stack: RouterStack
     first: Int32[Array, ""]
-    shift: Float32[Array, "H E"] | None
-    common: CommonLeaves | None
-    source: SourceLeaves | None
+    shift: Float32[Array, "H E"]
+    trained: Trained | None
 
 
 class LookAhead:
@@ -56,7 +63,6 @@ class LookAhead:
       batch: B.
       sharding: where the arrays go.
       correction: the trained one, where `spec` has one.
-      shift: f32 `[L + 1, H, E]`, added to the logits of each source by distance, see `residual_means`.
 
     Attributes:
       spec: what is computed.
@@ -73,33 +79,40 @@ class LookAhead:
         batch: int,
         sharding: jax.sharding.Sharding,
         correction: Correction | None = None,
-        shift: np.ndarray | None = None,
     ) -> None:
         self.spec = spec
         self._batch, self._sharding = batch, sharding
-        layers = len(model.moe_layers)
-        stack = stack_routers(model, dense.layers, spec.distances)
-        common, sources = (None, None) if correction is None else (correction.common, correction.sources)
 
         def place(tree: Any) -> Any:
             return jax.device_put(tree, sharding)
 
-        self.looks = [
-            Look(
-                stack=stack,
-                first=place(np.int32(max(source - 1, 0))),
-                shift=None if shift is None else place(shift[source].astype(np.float32)),
-                common=None,
-                source=None if sources is None else place(jax.tree.map(lambda leaf: leaf[source], sources)),  # noqa: B023
-            )
-            for source in range(layers)
+        layers = len(model.moe_layers)
+        stack = stack_routers(model, dense.layers, spec.distances)
+        unshifted = place(np.zeros((spec.distances, model.experts.count), np.float32))
+        trained: list[Trained | None] = [None] * layers
+        if correction is not None:
+            common, sources = place(correction.common), correction.sources
+            trained = [
+                Trained(common, place(jax.tree.map(operator.itemgetter(source), sources))) for source in range(layers)
+            ]
+        self.looks = [  # past the last layer there is nothing to correct, but the program is the same
+            Look(stack, place(np.int32(max(source - 1, 0))), unshifted, trained[min(source, layers - 1)])
+            for source in range(layers + 1)
         ]
-        # Past the last layer there is nothing to correct, but the program is the same.
-        self.looks.append(self.looks[-1]._replace(first=place(np.int32(layers - 1))))
-        if common is not None:
-            common = place(common)
-            self.looks = [look._replace(common=common) for look in self.looks]
         self.reset()
+
+    def shift(self, shifts: Float32[np.ndarray, "sources H E"]) -> None:
+        """From now on add `shifts` to the logits of each source, see `residual_means.logit_shifts`.
+
+        Raises:
+          InputError: there is a trained correction, which was trained without them and knows as much.
+        """
+        if self.spec.correction is not None:
+            raise InputError("a trained predictor takes no shift: it was trained on scores without one")
+        self.looks = [
+            look._replace(shift=jax.device_put(shift, self._sharding))
+            for look, shift in zip(self.looks, shifts, strict=True)
+        ]
 
     def reset(self) -> None:
         """New sequences: nothing is known of a token before."""
@@ -128,16 +141,16 @@ def look_from_layer(
     """The report of a decode step's MoE layer, `look.first`, and the state after it; while tracing."""
     with jax.named_scope("look_ahead"):
         x, ids = jax.lax.optimization_barrier((routed.x[:, 0], routed.ids[:, 0]))
-        if spec.correction is not None:
-            state = correction.advance(spec.correction, look.common, state, look.first, ids)
-        shift = None if look.shift is None else jnp.pad(look.shift, ((1, 0), (0, 0)))
+        if spec.correction is not None and look.trained is not None and state is not None:
+            state = correction.advance(spec.correction, look.trained.common, state, look.first, ids)
+        shift = jnp.pad(look.shift, ((1, 0), (0, 0)))
         choice = pregate(model, look.stack, x, look.first, spec.distances + 1, shift)
         active = ids[:, 0] >= 0
         odds = log_odds(choice, model.experts.top_k, jnp)
         own = highest(odds[:, 0], active, jnp)
         odds = odds[:, 1:]
-        if spec.correction is not None:
-            odds = correction.correct(spec.correction, look.source, choice[:, 1:], state)
+        if spec.correction is not None and look.trained is not None and state is not None:
+            odds = correction.correct(spec.correction, look.trained.source, choice[:, 1:], state)
         bins = to_bins(jnp.concatenate([own[None], union(odds, active, jnp)]), jnp)
         return jnp.concatenate([_as_bytes(ids.astype(jnp.uint16)), bins.reshape(-1)]), state
 
@@ -154,12 +167,12 @@ def look_from_token(
     """The report of newly chosen tokens, before the first layer runs on them, and their state; while tracing."""
     with jax.named_scope("look_ahead"):
         x, tokens = jax.lax.optimization_barrier((embedded, tokens))
-        if spec.correction is not None:
-            state = correction.begin(spec.correction, look.common, tokens, state)
+        if spec.correction is not None and look.trained is not None and state is not None:
+            state = correction.begin(spec.correction, look.trained.common, tokens, state)
         choice = pregate(model, look.stack, x, look.first, spec.distances, look.shift)
         odds = log_odds(choice, model.experts.top_k, jnp)
-        if spec.correction is not None:
-            odds = correction.correct(spec.correction, look.source, choice, state)
+        if spec.correction is not None and look.trained is not None and state is not None:
+            odds = correction.correct(spec.correction, look.trained.source, choice, state)
         bins = to_bins(union(odds, active, jnp), jnp)
         diversity = token_diversity(x, active)
         return jnp.concatenate([_as_bytes(diversity[None]), jnp.pad(bins, ((1, 0), (0, 0))).reshape(-1)]), state
@@ -190,20 +203,15 @@ def token_diversity(embedded: Float[Array, "B D"], active: Bool[Array, " B"]) ->
     return active.sum() * (rows * rows).sum() - (rows.sum(axis=0) ** 2).sum()
 
 
-def look_shapes(model: ModelSpec, spec: LookAheadSpec, sharding: jax.sharding.Sharding) -> Look:
-    """Abstract arguments of a look ahead."""
-
-    def place(tree):  # type: ignore[no-untyped-def]
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-    corrected = None if spec.correction is None else place(correction.leaf_shapes(spec.correction))
-    return Look(
-        stack=place(router_stack_shapes(model, spec.distances)),
-        first=jax.ShapeDtypeStruct((), np.int32, sharding=sharding),
-        shift=place(jax.ShapeDtypeStruct((spec.distances, model.experts.count), np.float32)) if spec.shift else None,
-        common=None if corrected is None else corrected[0],
-        source=None if corrected is None else corrected[1],
+def look_shapes(model: ModelSpec, spec: LookAheadSpec, sharding: jax.sharding.Sharding) -> Any:
+    """A `Look` of abstract arguments."""
+    shapes = (
+        router_stack_shapes(model, spec.distances),
+        jax.ShapeDtypeStruct((), np.int32),
+        jax.ShapeDtypeStruct((spec.distances, model.experts.count), np.float32),
+        None if spec.correction is None else Trained(*correction.leaf_shapes(spec.correction)),
     )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), Look._make(shapes))
 
 
 def state_shape(spec: CorrectionSpec, batch: int) -> jax.ShapeDtypeStruct:
@@ -220,8 +228,7 @@ def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, batch: int) -
     if spec.correction is not None:
         common, source = correction.leaf_shapes(spec.correction)
         arrays += [*common, *(list(source) * layers), state_shape(spec.correction, batch)]
-    if spec.shift:
-        arrays.append(jax.ShapeDtypeStruct((layers, spec.distances, model.experts.count), np.float32))
+    arrays.append(jax.ShapeDtypeStruct((layers + 1, spec.distances, model.experts.count), np.float32))
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 

@@ -4,9 +4,9 @@ Ahead-of-time executables are called directly. A call with another shape raises 
 "no recompilation" is enforced, and each executable's own memory analysis gives the plan its workspace.
 
 A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
-`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet may
-run those that are by `there`. Arguments are in the order that each docstring gives them. "finish" are the leaves of
-`finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program: for a dense layer the
+`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet
+may run those that are by `there`. Arguments are in the order that each docstring gives them. "finish" are the leaves
+of `finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program: for a dense layer the
 residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding, with the outputs of the experts
 that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the arguments of a look ahead and
 "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody looks ahead.
@@ -299,8 +299,9 @@ class Programs:
         if not isinstance(entered, steps.Routed):
             return entered, k, v, None
         if width == 1:
-            ahead = look and look_from_layer(self.spec, self.look_ahead, look, entered, state)
-            return entered, k, v, ahead
+            if self.look_ahead is None:
+                return entered, k, v, None
+            return entered, k, v, look_from_layer(self.spec, self.look_ahead, look, entered, state)
         rows = steps.sort_rows(entered, self.spec.experts.count)
         return (entered, rows, jnp.zeros_like(rows.rows)), k, v, None
 

@@ -51,7 +51,7 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     layers, experts = len(spec.moe_layers), spec.experts
     sizes = {"layers": layers, "experts": experts.count, "top_k": experts.top_k, "vocab": spec.vocab}
     correction = CorrectionSpec(**sizes, distances=2) if corrected else None
-    return LookAheadSpec(distances=2, correction=correction, shift=corrected)
+    return LookAheadSpec(distances=2, correction=correction)
 
 
 @pytest.mark.parametrize("look", [None, False, True], ids=["", "pregate", "corrected"])

@@ -84,3 +84,19 @@ def test_the_plan_accounts_for_it():
     arrays = jax.tree.leaves([look.stack for look in on._engine.look_ahead.looks[:1]])
     assert on.plan.look_ahead >= sum(array.nbytes for array in arrays) > 0
     assert off.plan.look_ahead == 0
+
+
+def test_a_calibrated_pregate_says_something_else_and_changes_no_token():
+    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, prefetch=2, emulate_link="1GB/s")
+    before = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    plain = lm._engine.scheduler.stats.recall
+    lm.calibrate_pregate(["Shall I compare thee to a summer's day? Thou art more lovely and more temperate."])
+    assert float(abs(lm._engine.look_ahead.looks[1].shift).max()) > 0
+    compiled = lm._engine.programs.count
+    after = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    assert lm._engine.programs.count == compiled
+    assert (after[0].tokens, after[0].logprobs) == (before[0].tokens, before[0].logprobs)
+    assert plain["recall"][0] == 1.0 == lm.stats.recall["recall"][0]
+    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32)
+    with pytest.raises(ef_jax.InputError, match="no pre-gate"):
+        off.calibrate_pregate("some text")
