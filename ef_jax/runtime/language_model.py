@@ -218,9 +218,7 @@ class LanguageModel:
         """
         engine = self._engine
         if engine.look_ahead is None or engine.look_ahead.spec.correction is not None:
-            raise InputError(
-                "there is no pre-gate of its own to calibrate: load with prefetching and no trained one"
-            )
+            raise InputError("there is no pre-gate of its own to calibrate: load with prefetching and no trained one")
         stack, distances = engine.look_ahead.looks[0].stack, engine.look_ahead.spec.distances
         engine.shift_pregate(logit_shifts(self.spec, stack, self.residual_means(texts), distances))
 
