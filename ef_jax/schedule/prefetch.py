@@ -94,7 +94,7 @@ class Prefetcher(Generic[Blocks]):
         self.horizons.need.fetched(layer, foreseen + late + missing)
         self.horizons.served(layer, late + missing, self._value.full, wasted - self._wasted[layer])
         self._wasted[layer] = wasted
-        self._value.served(layer, foreseen, late, missing)
+        self._value.served(layer, needed, foreseen, late, missing)
         self._trust.used(layer, needed)
 
     def plan(self, layer: int, needed: Sequence[int]) -> None:
