@@ -108,7 +108,10 @@ def build_parser() -> console.Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace a predictor that is there")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--epochs", type=_positive, default=4.0, metavar="X", help="times through the tokens, at most (default: 4)"
+        "--epochs",
+        type=_positive,
+        metavar="X",
+        help="times through the tokens, at most (default: 4, and 400 steps at least)",
     )
     length.add_argument("--steps", type=common.whole_number(1), metavar="N", help="instead: steps of 512 tokens")
     parser.add_argument(

@@ -21,6 +21,7 @@ from ef_jax.predict.training_data import Examples, aimed
 LEAST_TOKENS = 256
 """Fewer teach nothing that the pre-gate scores do not say themselves."""
 
+_EPOCHS, _LEAST_STEPS = 4.0, 400
 _EVALUATED_TOKENS = 4096
 _EVALUATION_ROWS = 512
 
@@ -37,7 +38,7 @@ class TrainingOptions:
     """How a correction is trained.
 
     Attributes:
-      epochs: how often training goes through the tokens, at most.
+      epochs: how often training goes through the tokens, at most; None: four times, and in 400 steps at least.
       steps: the same as a number of steps; None: as `epochs` says.
       batch: tokens a step.
       learning_rate: its peak; it rises in the first steps and falls on a cosine.
@@ -52,7 +53,7 @@ class TrainingOptions:
       InputError: a value that cannot be.
     """
 
-    epochs: float = 4.0
+    epochs: float | None = None
     steps: int | None = None
     batch: int = 512
     learning_rate: float = 2e-2
@@ -67,7 +68,7 @@ class TrainingOptions:
         for name in ("batch", "evaluations", "patience", *(("steps",) if self.steps is not None else ())):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.epochs > 0:
+        if self.epochs is not None and not self.epochs > 0:
             raise InputError(f"epochs must be above 0, got {self.epochs}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be a share above 0 and below 1, got {self.held_out}")
@@ -122,7 +123,7 @@ def train(
     if len(rows) < LEAST_TOKENS:
         raise InputError(f"{len(rows)} tokens to learn from are too few: record at least {LEAST_TOKENS}, better 20,000")
     batch = min(options.batch, len(rows))
-    steps = options.steps or math.ceil(options.epochs * len(rows) / batch)
+    steps = options.steps or _steps(options.epochs, len(rows) / batch)
     held = held[:: math.ceil(len(held) / _EVALUATED_TOKENS)]
     random = np.random.default_rng(options.seed)
 
@@ -224,6 +225,11 @@ def _without(spec: CorrectionSpec, leaves: Leaves, names: tuple[str, ...]) -> Le
     if "history" in names:
         sources = sources._replace(history_scale=jnp.zeros_like(sources.history_scale))
     return Leaves(leaves.common, sources)
+
+
+def _steps(epochs: float | None, steps_an_epoch: float) -> int:
+    least = _LEAST_STEPS if epochs is None else 1
+    return max(least, math.ceil((epochs or _EPOCHS) * steps_an_epoch))
 
 
 def _optax() -> Any:
