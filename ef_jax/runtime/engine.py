@@ -235,7 +235,7 @@ class Engine:
 
     def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[jax.Array]:
         """Run prompts chunk by chunk; yields each chunk's residual stream `[B, T, D]` after the last layer."""
-        batch = self._batch
+        batch, looking = self._batch, self.look_ahead
         for start, width in self.programs.chunks(max(len(prompt) for prompt in prompts)):
             tokens = np.zeros((self.plan.batch, width), np.int32)
             positions = np.full((self.plan.batch, width), -1, np.int32)
@@ -247,7 +247,8 @@ class Engine:
                 if start < len(prompt) <= start + width:
                     index[sequence] = len(prompt) - start - 1
             span = self.programs.span(start + width)
-            serve = functools.partial(self._serve_prompt, self.programs.wave(width))
+            absorb = self.programs.absorb(width) if looking is not None and looking.state is not None else None
+            serve = functools.partial(self._serve_prompt, self.programs.wave(width), absorb)
             carried = self._layers(width, span, tokens, positions, serve)
             x, batch.last = self.programs.end_chunk(width)(self._dense.finish[-1], carried, batch.last, index)
             self.stats.prefill.steps += 1
@@ -344,9 +345,12 @@ class Engine:
         rest[coming] = residency.slot_row(index, admission)[coming]
         return routed, link.pool.array, rest, outputs
 
-    def _serve_prompt(self, wave, index: int, carried):  # type: ignore[no-untyped-def]
-        """Outputs of every routed row of MoE layer `index`, wave by wave."""
+    def _serve_prompt(self, wave, absorb, index: int, carried):  # type: ignore[no-untyped-def]
+        """Outputs of every routed row of MoE layer `index`, wave by wave; a trained predictor hears of its routes."""
         routed, rows, outputs = carried
+        if absorb is not None and self.look_ahead is not None:
+            looking = self.look_ahead
+            looking.state = absorb(looking.looks[1 + index], looking.state, routed.ids)
         counts = np.asarray(rows.sizes)
         self._note(COMPUTE, f"prompt, layer {index}", self._served_at)
         for part in self.scheduler.serve_prompt(index, counts):

@@ -178,6 +178,15 @@ def look_from_token(
         return jnp.concatenate([_as_bytes(diversity[None]), jnp.pad(bins, ((1, 0), (0, 0))).reshape(-1)]), state
 
 
+def absorb_chunk(
+    spec: LookAheadSpec | None, look: Look, state: Float32[Array, "B W"], ids: Int32[Array, "B T K"]
+) -> Float32[Array, "B W"]:
+    """A correction's state after MoE layer `look.first` has routed a prompt's chunk; while tracing."""
+    if spec is None or spec.correction is None or look.trained is None:
+        raise ValueError("there is no correction to remember a prompt for")
+    return correction.absorb(spec.correction, look.trained.common, state, look.first, ids)
+
+
 def read_report(model: ModelSpec, report: jax.Array | np.ndarray, batch: int) -> Report:
     """What `look_from_layer` left; waits for it."""
     raw = np.asarray(report)

@@ -26,7 +26,14 @@ import numpy as np
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import cache_shape, dense_shapes, finish_paths, layer_definition, merge_top, top_definition
 from ef_jax.runtime import steps
-from ef_jax.runtime.look_ahead import LookAheadSpec, look_from_layer, look_from_token, look_shapes, state_shape
+from ef_jax.runtime.look_ahead import (
+    LookAheadSpec,
+    absorb_chunk,
+    look_from_layer,
+    look_from_token,
+    look_shapes,
+    state_shape,
+)
 from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
 from ef_jax.spec import ModelSpec
 from pallas_kernels import storage_dtype
@@ -204,6 +211,17 @@ class Programs:
 
         return self._program(("wave", width), wave, inputs, donate=(1,))
 
+    def absorb(self, width: int) -> Compiled:
+        """`(look, state, ids [B, T, K]) -> state` (donated): what a prompt's chunk leaves for a correction to know."""
+
+        def absorb(look, state, ids):  # type: ignore[no-untyped-def]
+            return absorb_chunk(self.look_ahead, look, state, ids)
+
+        def inputs() -> tuple[Any, ...]:
+            return (*self._look(1, "moe"), self._device_int(self.batch, width, self.spec.experts.top_k))
+
+        return self._program(("absorb", width), absorb, inputs, donate=(1,))
+
     def end_step(self) -> Compiled:
         """`(finish, carried) -> last [B, D]`: the last layer's experts in a decode step."""
         kind = self._kinds[-1]
@@ -279,6 +297,8 @@ class Programs:
         programs += [functools.partial(self.between, width, span, *kinds) for kinds in self._boundaries]
         if width > 1:
             programs += [functools.partial(self.wave, width), functools.partial(self.end_chunk, width)]
+            if self.look_ahead is not None and self.look_ahead.correction is not None:
+                programs.append(functools.partial(self.absorb, width))
         return programs
 
     def _reads_pool(self, key: tuple[Any, ...]) -> bool:
@@ -292,7 +312,7 @@ class Programs:
             return False
         if key[0] in ("begin", "between"):
             return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]) == "moe")
-        return bool(key[0] == "head")
+        return bool(key[0] in ("head", "absorb"))
 
     def _enter(self, width, span, kind, leaves, x, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
         entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)

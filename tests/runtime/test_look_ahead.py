@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import ef_jax
+from ef_jax.loading import bundled_model
+from ef_jax.nn.correction import Correction, CorrectionSpec, advance, begin
 from ef_jax.nn.pregate import pregate
+from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.log_odds import log_odds, to_bins, union
+from ef_jax.predict.predictor_file import save_predictor
 from ef_jax.runtime.look_ahead import token_diversity
 from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
 
@@ -69,6 +74,39 @@ def test_reports_are_the_pregates(batch):
         pairs = sum(np.square((a - b).astype(np.float32)).sum() for i, a in enumerate(x) for b in x[:i])
         assert others["diversity"] == pytest.approx(pairs, rel=1e-2, abs=1e-3)
     assert lm.stats.decode.bytes_prefetch > 0
+
+
+def test_a_trained_predictor_knows_the_prompt_and_changes_no_token(tmp_path):
+    plain = ef_jax.load(expert_fraction=0.25, context=64, chunk=8)
+    expected = plain.generate([PROMPTS[1]], max_new_tokens=8)
+    spec = CorrectionSpec(layers=8, experts=32, top_k=4, distances=3, vocab=4096, width=8)
+    correction = Correction(spec, rngs=nnx.Rngs(0))
+    fingerprint = model_fingerprint(plain.spec, plain._engine.dense.routers(plain.spec))
+    save_predictor(tmp_path / "p", correction, fingerprint=fingerprint, model="small", training={})
+    options = {"context": 64, "chunk": 8, "emulate_link": "1GB/s", "predictor": tmp_path / "p"}
+    lm = ef_jax.load(expert_fraction=0.25, prefetch=3, **options)
+    after = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    assert (after[0].tokens, after[0].logprobs) == (expected[0].tokens, expected[0].logprobs)
+    assert lm.stats.decode.bytes_prefetch > 0
+    assert lm.stats.recall["recall"][0] == 1.0
+
+    engine = lm._engine
+    with lm.trace() as recording:
+        tokens, _ = engine.start([PROMPTS[1]], sampling_arrays(SamplingOptions(), 1))
+    state = jnp.zeros((1, spec.state_width))
+    for row, token in zip(recording.trace().experts.astype(np.int32), PROMPTS[1], strict=True):
+        state = begin(spec, correction.common, jnp.array([token]), state)
+        for layer in range(8):
+            state = advance(spec, correction.common, state, jnp.int32(layer), jnp.asarray(row[None, layer]))
+    state = begin(spec, correction.common, jnp.asarray(tokens), state)
+    np.testing.assert_allclose(engine.look_ahead.state, state, rtol=1e-4, atol=1e-5)
+    engine.finish()
+
+    other = ef_jax.load(bundled_model(), expert_fraction=1.0, **options)
+    assert "on the device" in other._engine._off_because
+    save_predictor(tmp_path / "q", correction, fingerprint="0" * 32, model="another", training={})
+    with pytest.raises(ef_jax.InputError, match="other routers"):
+        ef_jax.load(expert_fraction=0.25, **{**options, "predictor": tmp_path / "q"})
 
 
 def test_diversity_counts_active_tokens_only():
