@@ -175,6 +175,7 @@ class Scheduler(Generic[Blocks]):
         admission = self.residency.admit(layer, rows)
         self._unsure = bool(admission.missing or admission.late)
         phase.hits[layer] += admission.hits
+        phase.late_hits[layer] += len(admission.late)
         if missing := admission.missing:
             spent = link.seconds
             self._pending = link.start(layer, missing)
@@ -184,7 +185,6 @@ class Scheduler(Generic[Blocks]):
         if self._predictor is not None:
             self._hear(layer, rows, ahead)
             if prefetcher is not None:
-                phase.late_hits[layer] += len(admission.late)
                 needed = distinct(rows)
                 prefetcher.served(layer, needed, admission)
                 self._plan(layer, needed)
