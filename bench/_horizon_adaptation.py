@@ -11,7 +11,7 @@ follows: steps from the change until the mean horizon, over five steps, has gone
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import ef_jax
 from bench import _models, _report
 from bench._emulated import EmulatedModels
+from bench._graded import Graded
 from ef_jax.predict import Predictor
 from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulator import Replay, compute_seconds_per_layer, make_predictor
@@ -43,7 +44,7 @@ def run(
     steps: int = 100,
     picture: Path | None = None,
     *,
-    predictor: str | Callable[[], Predictor] = "pregate",
+    predictor: str | None = None,
     wall: bool = True,
 ) -> dict[str, Any]:
     """The three phases in replays of `trace`, and in decoding with the bundled model over an emulated link.
@@ -52,17 +53,12 @@ def run(
       trace: recorded routing of at least `3 x steps` tokens.
       steps: decode steps of each phase.
       picture: file to draw into.
-      predictor: of the replays: a name of `simulator.PREDICTORS`, or what makes one.
+      predictor: of the replays, a name of `simulator.PREDICTORS`; None: the trace's pre-gate scores, or, where it has
+        none, predictions of a chosen quality (`bench._graded`).
       wall: decode, too.
     """
     replays = [
-        replayed(
-            trace,
-            ratio=ratio,
-            residency=residency,
-            steps=steps,
-            predictor=predictor if isinstance(predictor, str) else predictor(),
-        )
+        replayed(trace, ratio=ratio, residency=residency, steps=steps, predictor=predictor)
         for residency in RESIDENCIES
         for ratio in RATIOS
     ]
@@ -125,7 +121,7 @@ def replayed(
     ratio: float,
     residency: float,
     steps: int,
-    predictor: str | Predictor = "pregate",
+    predictor: str | None = None,
     block_bytes: int | None = None,
     layer_seconds: float = 1e-3,
 ) -> dict[str, Any]:
@@ -133,11 +129,14 @@ def replayed(
     block_bytes = block_bytes or trace.block_bytes or 1_000_000
     full = LinkModel(bandwidth=ratio * trace.top_k * block_bytes / layer_seconds)
     cut = LinkModel(bandwidth=CUT * full.bandwidth)
-    said = PregateBins(trace) if predictor == "pregate" else None
-    if isinstance(predictor, str):
-        made = make_predictor(predictor, [trace], batch=1, distances=said.distances if said is not None else 0)
+    made: Predictor | None
+    said = None
+    if predictor is None and trace.pregate is None:
+        made = Graded((step.routes for step in trace.steps(1)), layers=trace.layers, experts=trace.num_experts)
     else:
-        made = predictor
+        said = PregateBins(trace) if predictor in (None, "pregate") else None
+        distances = 0 if said is None else said.distances
+        made = make_predictor(predictor or "pregate", [trace], batch=1, distances=distances)
     replay = Replay(
         layers=trace.layers,
         experts=trace.num_experts,
