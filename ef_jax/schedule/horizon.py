@@ -28,7 +28,7 @@ class Horizons:
     shorten it by one; either counter begins anew when it has had its effect, and they count against each other.
     They move it by two layers at most, and begin anew when the formula moves: behind a link that is always full stalls
     would lengthen every horizon to the end, and keep it there after the link has recovered (`bench.horizon`, part
-    "adaptation": a horizon that takes 40 to 90 steps to follow the link then takes 3 to 18; steps take the same time).
+    "adaptation": a horizon that takes 40 to 90 steps to follow the link then mostly takes 3 to 18; steps take as long).
 
     No horizon reaches further than predictions can be trusted (`Trust` of at least 0.05), and all are 0 while no copy
     can hide behind computing: less than 1 % of the time is left by demand copies, or a layer computes for less than
