@@ -216,8 +216,8 @@ def plot(path: Path, rows: dict[str, Sequence[dict[str, Any]]]) -> None:
     for panels, (kind, runs) in zip(grid, rows.items(), strict=True):
         for axes, run in zip(panels, runs, strict=True):
             axes.set_title(f"{kind}, {run['ratio']:g} x balance")
-            axes.axvspan(run["steps"], 2 * run["steps"], color="#D9D9D9", zorder=0)
             other = axes.twinx()
+            other.axvspan(run["steps"], 2 * run["steps"], color="#D9D9D9", zorder=0)
             other.plot([100 * share for share in run["stall_share"]], color="#E69F00", linewidth=0.6)
             other.set_ylim(0, 100)
             axes.plot(run["horizon"], color="#0072B2", linewidth=1.6)
