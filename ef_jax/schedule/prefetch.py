@@ -54,7 +54,7 @@ class Prefetcher(Generic[Blocks]):
         *,
         horizon: int | None,
         candidates: str = "value",
-        need: str = "mean",
+        need: str = "batch",
     ) -> None:
         if candidates not in CANDIDATES:
             raise InputError(f"candidates {candidates!r:.60} is not one of {', '.join(CANDIDATES)}")

@@ -63,7 +63,7 @@ class Scheduler(Generic[Blocks]):
         predictor: Predictor | None = None,
         prefetch: Prefetch = "off",
         candidates: str = "value",
-        need: str = "mean",
+        need: str = "batch",
         trial: bool = True,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
