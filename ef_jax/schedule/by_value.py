@@ -11,7 +11,7 @@ from ef_jax.schedule.pace import LinkPace
 
 _LEAST = 2e-4  # value of a copy, in blocks of stall: the work of handing over 5000 blocks is worth a stall of one
 _MOST = 64  # blocks a plan
-_PRICED_OUT = 0.25  # of the price: blocks of less value are not looked at
+_PRICED_OUT = 0.25  # of the price: blocks of less value are not looked at, unless there is room for all others
 _BATCH = 32  # victims that are looked for at a time, at most
 _AGE = 8  # layers after which they are looked for anew
 _MEMORY = 16  # layers of steps, or plans, that the measures reach back
@@ -196,6 +196,8 @@ class ByValue:
                 values[order.index(target), expert] = 0
         flat = values.reshape(-1)
         places = (flat > max(_LEAST, _PRICED_OUT * self.prices[order[0]])).nonzero()[0]
+        if len(places) <= room:
+            places = (flat > _LEAST).nonzero()[0]
         worth = flat[places]
         most = (room + 1) * (count + 1)
         if len(places) > most:
@@ -294,10 +296,10 @@ class ByValue:
         np.minimum(cost, np.array(self._cap, np.float32)[:, None], out=cost)
         np.copyto(cost, np.inf, where=self._residency.slot_of < 0)
         flat = cost.reshape(-1)
-        count = min(max(_BATCH, 2 * wanted), self._residency.cache_slots // 12 + wanted, len(flat) - 1)
+        count = min(max(_BATCH, 2 * wanted), self._residency.cache_slots // 12 + wanted, len(flat))
         places = (flat < self._dear).nonzero()[0]
         if not count <= len(places) <= 4 * count:
-            places = flat.argpartition(count)[:count]
+            places = flat.argpartition(count - 1)[:count]
             self._dear = 1.5 * float(flat[places[-1]])
         costs = flat[places]
         falling = costs.argsort()[count - 1 :: -1]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Literal
+from typing import Generic
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -19,7 +19,7 @@ from ef_jax.schedule.trial import Trial
 from ef_jax.stats import Stats
 from ef_jax.timeline import STALLS, Timeline
 
-Prefetch = int | Literal["auto", "off"]
+Prefetch = int | str  # layers, "auto" or "off"
 
 
 class Scheduler(Generic[Blocks]):
@@ -77,7 +77,7 @@ class Scheduler(Generic[Blocks]):
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
-        self._unsure = False
+        self._unsure = self._resting = False
         self._off_because = self._reason_to_be_off(prefetch)
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
@@ -109,6 +109,12 @@ class Scheduler(Generic[Blocks]):
         self._timeline = self.link.timeline = timeline
         self.residency.on_wasted = None if timeline is None else timeline.wasted
 
+    def begin_run(self) -> bool:
+        """Steps of a new run follow; whether they will listen to predictions. They will not where a trial has found
+        that they are faster without, until it is time to try again; then programs need not look ahead either."""
+        self._resting = self._predictor is None or (self._trial is not None and not self._trial.wanted)
+        return not self._resting
+
     def begin_step(
         self,
         tokens: Sequence[int],
@@ -124,9 +130,14 @@ class Scheduler(Generic[Blocks]):
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
         """
         self._make_sure()
-        if self._trial is not None:
-            self._trial.begin_step(len(tokens))
         self.residency.policy.on_step(tokens)
+        if self._trial is not None:
+            if self._resting:
+                self._trial.rest()
+            else:
+                self._trial.begin_step(len(tokens))
+        if self._resting:
+            return
         if self._accuracy is not None:
             self._accuracy.on_step()
         if (predictor := self._predictor) is not None:
@@ -182,7 +193,7 @@ class Scheduler(Generic[Blocks]):
             phase.stall_seconds += link.seconds - spent
             phase.misses[layer] += len(missing)
             phase.bytes_demand += len(missing) * self._block_bytes
-        if self._predictor is not None:
+        if self._predictor is not None and not self._resting:
             self._hear(layer, rows, ahead)
             if prefetcher is not None:
                 needed = distinct(rows)
@@ -291,7 +302,7 @@ class Scheduler(Generic[Blocks]):
 
     def _hear(self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None) -> None:
         """The predictor, and those who listen to it, hear of a layer."""
-        if (predictor := self._predictor) is None:
+        if self._resting or (predictor := self._predictor) is None:
             return
         policy = self.residency.policy
         try:
