@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, LinkError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
@@ -54,6 +54,8 @@ class Engine:
         self.spec, self.plan, self.programs = spec, plan, programs
         self.link, self.device = link, device
         self.look_ahead, self.order = look_ahead, order
+        self._looking = look_ahead  # what the steps of this run look ahead by
+        self._blind: Programs | None = None
         self._off_because = prefetching.off_because
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
@@ -95,6 +97,11 @@ class Engine:
         """The weights that stay on the device."""
         return self._dense
 
+    @property
+    def _running(self) -> Programs:
+        """The programs of this run."""
+        return self.programs if self._blind is None or self._looking is self.look_ahead else self._blind
+
     def show(self, timeline: Timeline | None) -> None:
         """Note in `timeline` what runs from now on; None: nowhere.
 
@@ -117,8 +124,13 @@ class Engine:
 
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
-        compiles while they run."""
-        self.programs.compile_for(lengths, until)
+        compiles while they run. They look ahead only if somebody will listen."""
+        looking = self.look_ahead if self.scheduler.begin_run() else None
+        if looking is not self._looking:
+            self._looking = looking
+            self._blind = self._blind or self.programs.without_look_ahead()
+            self._arrange_looks()
+        self._running.compile_for(lengths, until)
 
     def start(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> tuple[np.ndarray, np.ndarray]:
         """Begin a batch: run the prompts and choose each sequence's first token.
@@ -133,8 +145,8 @@ class Engine:
         batch = self._batch
         began = time.perf_counter()
         batch.begin(prompts, sampling)
-        if self.look_ahead is not None:
-            self.look_ahead.reset()
+        if self._looking is not None:
+            self._looking.reset()
         for _ in self._prompt_chunks(prompts):
             pass
         tokens, logprobs = self._choose(batch.last)
@@ -155,7 +167,7 @@ class Engine:
         batch, phase = self._batch, self.stats.decode
         began = time.perf_counter()
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
-        span = self.programs.span(int(positions.max()) + 1)
+        span = self._running.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
         ahead = self._token_report
         self.scheduler.begin_step(
@@ -164,7 +176,7 @@ class Engine:
             diversity=None if ahead is None else ahead.diversity,
         )
         carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, deferred))
-        tokens, logprobs = self._choose(self.programs.end_step()(self._dense.finish[-1], carried))
+        tokens, logprobs = self._choose(self._running.end_step()(self._dense.finish[-1], carried))
         self._note(COMPUTE, "head", self._served_at)
         for index, ids in deferred:
             self.scheduler.note(index, _rows(ids))
@@ -196,7 +208,7 @@ class Engine:
         Yields:
           f32 `[t, V]`, in order; the t sum to T.
         """
-        run = self.programs.logits()
+        run = self._running.logits()
         left = len(tokens)
         began = time.perf_counter()
         self._batch.begin([tokens], sampling_arrays(SamplingOptions(), self.plan.batch))
@@ -214,9 +226,9 @@ class Engine:
 
     def _choose(self, last: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """The next token of every sequence, `[B]`, and its log-probability, from its last residual row `[B, D]`."""
-        batch, looking = self._batch, self.look_ahead
+        batch, looking = self._batch, self._looking
         state = None if looking is None else looking.state
-        batch.tokens, logprobs, batch.seen, ahead = self.programs.head()(
+        batch.tokens, logprobs, batch.seen, ahead = self._running.head()(
             last,
             self._dense.top,
             batch.seen,
@@ -227,6 +239,7 @@ class Engine:
             state,
         )
         batch.step += 1
+        self._token_report = None
         if looking is not None:
             report, looking.state = ahead
             self._token_report = read_token_report(self.spec, report)
@@ -235,8 +248,8 @@ class Engine:
 
     def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[jax.Array]:
         """Run prompts chunk by chunk; yields each chunk's residual stream `[B, T, D]` after the last layer."""
-        batch, looking = self._batch, self.look_ahead
-        for start, width in self.programs.chunks(max(len(prompt) for prompt in prompts)):
+        batch, looking = self._batch, self._looking
+        for start, width in self._running.chunks(max(len(prompt) for prompt in prompts)):
             tokens = np.zeros((self.plan.batch, width), np.int32)
             positions = np.full((self.plan.batch, width), -1, np.int32)
             index = np.full(self.plan.batch, -1, np.int32)
@@ -246,18 +259,18 @@ class Engine:
                 positions[sequence, : len(part)] = np.arange(start, start + len(part))
                 if start < len(prompt) <= start + width:
                     index[sequence] = len(prompt) - start - 1
-            span = self.programs.span(start + width)
-            absorb = self.programs.absorb(width) if looking is not None and looking.state is not None else None
-            serve = functools.partial(self._serve_prompt, self.programs.wave(width), absorb)
+            span = self._running.span(start + width)
+            absorb = self._running.absorb(width) if looking is not None and looking.state is not None else None
+            serve = functools.partial(self._serve_prompt, self._running.wave(width), absorb)
             carried = self._layers(width, span, tokens, positions, serve)
-            x, batch.last = self.programs.end_chunk(width)(self._dense.finish[-1], carried, batch.last, index)
+            x, batch.last = self._running.end_chunk(width)(self._dense.finish[-1], carried, batch.last, index)
             self.stats.prefill.steps += 1
             yield x
 
     def _layers(self, width, span, tokens, positions, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(index, carried)` sees to the experts of each MoE layer. Returns the last's."""
         batch, windows, layers, finish = self._batch, self._windows, self._dense.layers, self._dense.finish
-        run = self.programs.layers(width, span)
+        run = self._running.layers(width, span)
         if self.recorder is not None:
             serve = self.recorder.listen(serve, tokens, positions)
         self._served_at = time.perf_counter()
@@ -299,21 +312,21 @@ class Engine:
 
     def _arrange_looks(self) -> None:
         """The look ahead of each decoder layer's program, and that of the head's; None where there is none."""
-        looks = [None] * (1 + len(self._moe_index)) if self.look_ahead is None else self.look_ahead.looks
+        looks = [None] * (1 + len(self._moe_index)) if self._looking is None else self._looking.looks
         self._first_look: Look | None = looks[0]
         self._looks: list[Look | None] = [None] * len(self.spec.layers)
         for layer, index in self._moe_index.items():
             self._looks[layer] = looks[1 + index]
 
     def _look_state(self, look: Look | None) -> jax.Array | None:
-        return None if look is None or self.look_ahead is None else self.look_ahead.state
+        return None if look is None or self._looking is None else self._looking.state
 
     def _hear(self, ahead: tuple[jax.Array, jax.Array | None] | None) -> None:
         """Keep what a program said of coming layers."""
-        if ahead is None or self.look_ahead is None:
+        if ahead is None or self._looking is None:
             self._report = None
         else:
-            self._report, self.look_ahead.state = ahead
+            self._report, self._looking.state = ahead
 
     def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
         """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
@@ -322,11 +335,13 @@ class Engine:
         if scheduler.cannot_miss(index):
             deferred.append((index, routed.ids))
             return routed, link.pool.array, residency.slot_of[index].copy(), outputs
-        if self._report is None:
-            rows, bins = _rows(routed.ids), None
-        else:
-            report = read_report(self.spec, self._report, self.plan.batch)
-            rows, bins = report.ids, report.bins
+        try:
+            report = None if self._report is None else read_report(self.spec, self._report, self.plan.batch)
+            rows, bins = (_rows(routed.ids), None) if report is None else (report.ids, report.bins)
+        except (
+            RuntimeError
+        ) as error:  # JAX's: a copy that nobody waited for may have failed, and what reads it fails too
+            raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)
         admission = scheduler.ask(index, rows, bins)
         if not (admission.missing or admission.late):
@@ -338,7 +353,7 @@ class Engine:
         there = residency.slot_row(index, admission)
         there[coming] = -1
         began = time.perf_counter()
-        outputs = self.programs.there()(routed, link.pool.array, there, outputs)
+        outputs = self._running.there()(routed, link.pool.array, there, outputs)
         self._note(COMPUTE, f"layer {index}, resident rows", began)
         scheduler.complete(admission)
         rest = np.full_like(there, -1)
@@ -348,8 +363,8 @@ class Engine:
     def _serve_prompt(self, wave, absorb, index: int, carried):  # type: ignore[no-untyped-def]
         """Outputs of every routed row of MoE layer `index`, wave by wave; a trained predictor hears of its routes."""
         routed, rows, outputs = carried
-        if absorb is not None and self.look_ahead is not None:
-            looking = self.look_ahead
+        if absorb is not None and self._looking is not None:
+            looking = self._looking
             looking.state = absorb(looking.looks[1 + index], looking.state, routed.ids)
         counts = np.asarray(rows.sizes)
         self._note(COMPUTE, f"prompt, layer {index}", self._served_at)

@@ -64,6 +64,16 @@ class Trial:
         else:
             self.on = self._choice
 
+    @property
+    def wanted(self) -> bool:
+        """Steps have to be able to prefetch: it pays, or that is to be found out again."""
+        return self._choice or self._turn is not None or self._wait <= 0
+
+    def rest(self) -> None:
+        """A step begins that cannot prefetch, and is not timed."""
+        self._wait -= 1
+        self._began = None
+
     def pause(self) -> None:
         """What comes next does not belong to the step that has ended."""
         self._began = None

@@ -138,3 +138,22 @@ def test_a_calibrated_pregate_says_something_else_and_changes_no_token():
     off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32)
     with pytest.raises(ef_jax.InputError, match="no pre-gate"):
         off.calibrate_pregate("some text")
+
+
+def test_programs_stop_looking_ahead_where_it_does_not_pay(monkeypatch):
+    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
+    before = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    scheduler = lm._engine.scheduler
+    monkeypatch.setattr(scheduler._trial, "_choice", False)
+    monkeypatch.setattr(scheduler._trial, "because", "a step took longer with it")
+    lm.stats.reset()
+    after = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    assert lm._engine._running.look_ahead is None
+    assert (after[0].tokens, after[0].logprobs) == (before[0].tokens, before[0].logprobs)
+    assert lm.stats.decode.bytes_prefetch == 0
+    assert lm.stats.horizon["off_because"] == "a step took longer with it"
+    monkeypatch.setattr(scheduler._trial, "_wait", 0)
+    again = lm.generate([PROMPTS[1]], max_new_tokens=8)
+    assert lm._engine._running.look_ahead is not None
+    assert again[0].tokens == before[0].tokens
+    assert lm.stats.decode.bytes_prefetch > 0

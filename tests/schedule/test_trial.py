@@ -73,3 +73,16 @@ def test_pauses_do_not_count():
         world.trial.pause()
         world.now += 1000.0
     assert world.trial.held == 0
+
+
+def test_rest_lasts_until_the_next_trial_is_due():
+    world = World(1.1, 1.0)
+    world.run(100)
+    assert not world.trial.wanted
+    rested = 0
+    while not world.trial.wanted:
+        world.trial.rest()
+        rested += 1
+    assert 400 < rested <= 512
+    world.run(60)
+    assert world.trial.held == 2
