@@ -8,7 +8,8 @@ cache with the same policy:
 off: on demand only.
 1, 2, 4, 8: candidates by value, from so many layers ahead at most; "threshold 1" and so on: those that are used more
   often than not, the nearest first. "threshold 1" is the pre-gate alone, as in the systems before ExpertFlow-S.
-auto: the default. "auto, knowing": the same with a predictor that is always right.
+auto: the default. "auto, corrected": the same with a trained predictor, if one is given. "auto, knowing": with one
+  that is always right.
 clairvoyant: a schedule with the future in view, whatever the cache holds when (`stall_bound`), and a bound below all.
 
 "of best" is the step time of auto over that of the best fixed horizon in hindsight, by either rule; "of off" over that
@@ -19,6 +20,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench._graded import Graded
 from bench._report import rounded, table
@@ -49,13 +52,15 @@ def run(
     policy: str = "lru",
     ratios: Sequence[float] = RATIOS,
     residencies: Sequence[float] = RESIDENCIES,
+    corrected: np.ndarray | None = None,
     picture: Path | None = None,
 ) -> dict[str, Any]:
     """Replay `trace`, every token as a step of decoding; the first sequence only teaches.
 
-    Its pre-gate scores predict, or, where it has none, predictions of a chosen quality (`bench._graded`).
+    Its pre-gate scores predict, or, where it has none, predictions of a chosen quality (`bench._graded`); `corrected`
+    are the bins of a trained predictor for all of it.
     """
-    grid = _Grid(trace, policy)
+    grid = _Grid(trace, policy, corrected)
     with Progress(len(ratios) * len(residencies), "cells", "replaying", enabled=None) as bar:
         rows = []
         for residency in residencies:
@@ -78,8 +83,8 @@ def run(
 class _Grid:
     """Replays of one trace."""
 
-    def __init__(self, trace: RoutingTrace, policy: str) -> None:
-        self._trace, self._policy = trace, policy
+    def __init__(self, trace: RoutingTrace, policy: str, corrected: np.ndarray | None) -> None:
+        self._trace, self._policy, self._corrected = trace, policy, corrected
         self._counted = trace.select(1)
         self.tokens = self._counted.count
         self._steps, self._all = layer_steps(trace.select(0, 1), 1), layer_steps(trace, 1)
@@ -94,7 +99,12 @@ class _Grid:
         computing = self.tokens * trace.layers * _LAYER_SECONDS
         baseline = self.tokens * trace.layers * trace.top_k * block
 
-        def replay(prefetch: Prefetch, candidates: str = "value", predictor: str | None = None) -> PhaseStats:
+        def replay(
+            prefetch: Prefetch,
+            candidates: str = "value",
+            predictor: str | None = None,
+            bins: np.ndarray | None = None,
+        ) -> PhaseStats:
             return simulate(
                 trace,
                 slots=slots,
@@ -105,15 +115,18 @@ class _Grid:
                 link=link,
                 compute_seconds=_LAYER_SECONDS,
                 predictor=self._predictor(predictor)(),
+                bins=bins,
                 prefetch=prefetch,
                 candidates=candidates,
             ).decode
 
         runs = {"off": replay("off", predictor="none")}
-        for horizon in FIXED:
+        for horizon in (horizon for horizon in FIXED if horizon <= trace.layers):
             runs[str(horizon)] = replay(horizon)
             runs[f"threshold {horizon}"] = replay(horizon, "threshold")
         runs["auto"] = replay("auto")
+        if self._corrected is not None:
+            runs["auto, corrected"] = replay("auto", bins=self._corrected)
         runs["auto, knowing"] = replay("auto", predictor="oracle")
         bound = self._bound(slots, block)
         seconds = {name: phase.seconds for name, phase in runs.items()}
@@ -169,15 +182,14 @@ class _Grid:
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     spare = [row for row in rows if row["spare"]]
     least = TARGETS["stall_where_spare"]
+    names = [name for name in rows[0]["stall"] if name.startswith("auto") or name == "clairvoyant"]
     return {
         "targets": TARGETS,
         "cells": len(rows),
         "worst_of_best": max(row["of_best"] for row in rows),
         "worst_of_off": max(row["of_off"] for row in rows),
         "spare_cells": len(spare),
-        "spare_cells_within": {
-            name: sum(row["stall"][name] <= least for row in spare) for name in ("auto", "auto, knowing", "clairvoyant")
-        },
+        "spare_cells_within": {name: sum(row["stall"][name] <= least for row in spare) for name in names},
     }
 
 
@@ -186,7 +198,10 @@ def _show(result: dict[str, Any]) -> None:
         f"stall in % of on demand, {result['predictor']} predictions, {result['policy']} cache, {result['tokens']} "
         "tokens; * the link has 30 % to spare"
     )
-    names = ["off", "threshold 1", "threshold 4", "1", "4", "auto", "auto, knowing", "clairvoyant", "bound"]
+    shown_names = ("off", "threshold 1", "threshold 4", "1", "4", "auto", "auto, knowing", "clairvoyant", "bound")
+    names = [name for name in shown_names if name in result["rows"][0]["stall"]]
+    if "auto, corrected" in result["rows"][0]["stall"]:
+        names.insert(6, "auto, corrected")
     shown = [
         (
             f"{100 * row['residency']:g}",
@@ -225,6 +240,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "1": "C0--",
         "4": "C0:",
         "auto": "C3-",
+        "auto, corrected": "C4-",
         "auto, knowing": "C2-",
         "clairvoyant": "C7-.",
     }
@@ -232,6 +248,8 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, residency in zip(axes, residencies, strict=True):
         part = [row for row in rows if row["residency"] == residency]
         for name, style in lines.items():
+            if name not in part[0]["stall"]:
+                continue
             stalls = [max(row["stall"][name], floor) for row in part]
             axis.plot([row["ratio"] for row in part], stalls, style, label=name, linewidth=2 if name == "auto" else 1)
         spare = min((row["ratio"] for row in part if row["spare"]), default=math.inf)

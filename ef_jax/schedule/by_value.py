@@ -9,13 +9,14 @@ from ef_jax.memory.policies import Key
 from ef_jax.memory.residency import Residency
 from ef_jax.schedule.pace import LinkPace
 
+_ABSENT = np.float32(1e9)  # more than any resident key costs
 _LEAST = 2e-4  # value of a copy, in blocks of stall: the work of handing over 5000 blocks is worth a stall of one
 _MOST = 64  # blocks a plan
 _PRICED_OUT = 0.25  # of the price: blocks of less value are not looked at, unless there is room for all others
+_SORTED = 24  # more candidates than can matter that are cheaper to sort than to leave out
 _BATCH = 32  # victims that are looked for at a time, at most
 _AGE = 8  # layers after which they are looked for anew
 _MEMORY = 16  # layers of steps, or plans, that the measures reach back
-_NEAR = 8  # layers of the running step whose probabilities change as it goes on
 _LATE = 0.5  # of a block's time that a late one is waited for
 _RATE = 1 / 32  # at which frequencies of use follow the steps
 _LATER = 0.4  # worth of a use one visit of its layer later
@@ -31,14 +32,14 @@ class ByValue:
     Values are in blocks of stall. A block for the next layer saves its probability of use: nothing else can. One for a
     layer further on saves less, since it can be fetched later, at a price. It saves its probability times
 
-        share^2 + (1 - share^2) x price,
+        share^2 + (1 - share^2) x price.
 
-    but no more than the price. `price` is what the best block was worth that found no room on the link in the window
-    before that layer, `share` the part of the experts that the layer used and that had to be fetched which it had to
-    wait for; both are measured as steps go by. With a link that is idle for the most part both are near 0; with a
-    saturated one `price` is near 1, since every block that is fetched takes the place of another. The same makes the
-    cost of giving up a slot, of the probability that its block is used at the next visit of its layer, or else at a
-    later one: it would have to be fetched again.
+    `price` is what the best block was worth that found no room on the link in the window before that layer, `share` the
+    part of the experts that the layer used and that had to be fetched which it had to wait for; both are measured as
+    steps go by. With a link that is idle for the most part both are near 0; with a saturated one `price` is near 1,
+    since every block that is fetched takes the place of another. The same makes the cost of giving up a slot, of the
+    probability that its block is used at the next visit of its layer, or else at a later one, for it would have to be
+    fetched again; but it is never more than the price of that.
 
     The link can begin so many blocks before each of the coming layers asks. Blocks of the greatest value come first,
     and each takes the last place that is early enough for it; those that land in the window that begins now are
@@ -73,7 +74,6 @@ class ByValue:
         self._own = 0.5
         self._fetched, self._waited, self._missed = [1.0] * layers, [0.5] * layers, [0.5] * layers
         self._factor = [0.5] * layers
-        self._next = np.zeros((layers, experts), np.float32)  # probability of use at the next visit
         self._used, self._frequency = np.zeros((2, layers, experts), np.float32)
         self._steps = 0
         self._later = np.zeros((layers, experts), np.float32)  # worth of later uses
@@ -85,9 +85,8 @@ class ByValue:
         self._age = 0
         self._dear = 0.0  # about the cost of the last of a batch
 
-    def begin_step(self, usual: Float32[np.ndarray, "L E"]) -> None:
-        """A step begins, in which each key has the probability of use `usual`, before anything is seen of it."""
-        self._next[:] = usual
+    def begin_step(self) -> None:
+        """A step begins."""
         self._steps += 1
         self._frequency += max(_RATE, 1 / self._steps) * (self._used - self._frequency)
         self._used[:] = 0
@@ -134,10 +133,7 @@ class ByValue:
         Returns:
           Keys in the order in which they should be copied, and their slots.
         """
-        near_rows = self._next[layer + 1 : layer + 1 + _NEAR]
-        near_rows[:] = ahead[: len(near_rows)]
-        self._next[layer] = ahead[-1]
-        near = (layer + 1) % len(self._next)
+        near = self._orders[layer + 1][0]
         self._own = self._factor[near]
         self._factor[near], self._cap[near] = 1.0, 1.0
         room = min(room, _MOST)
@@ -153,7 +149,7 @@ class ByValue:
             chosen.sort(key=_urgency)
             if len(chosen) == room and not self._last_is_worth_it(chosen[-1], room, near, pace):
                 chosen.pop()
-            keys, slots = self._place(layer, needed, chosen)
+            keys, slots = self._place(layer, needed, ahead, chosen)
         self._refactor(near)
         return keys, slots
 
@@ -183,10 +179,7 @@ class ByValue:
             for place, target in enumerate(order[:count])
         ]
         values = ahead[:count] * np.array(weights, np.float32)[:, None]
-        if count > 1:
-            caps = [self._cap[target] for target in order[:count]]
-            np.minimum(values, np.array(caps, np.float32)[:, None], out=values)
-        if layer + count < len(self._next):
+        if layer + count < len(factor):
             slots = self._residency.slot_of[layer + 1 : layer + 1 + count]
         else:
             slots = self._residency.slot_of.take(order[:count], axis=0)
@@ -200,15 +193,12 @@ class ByValue:
             places = (flat > _LEAST).nonzero()[0]
         worth = flat[places]
         most = (room + 1) * (count + 1)
-        if len(places) > most:
+        if len(places) > most + _SORTED:
             best = worth.argpartition(-most)[-most:]
             places, worth = places[best], worth[best]
-        falling = (-worth).argsort()
-        experts = self._next.shape[1]
-        return [
-            (value, place // experts + 1, place % experts)
-            for value, place in zip(worth[falling].tolist(), places[falling].tolist(), strict=True)
-        ]
+        falling = sorted(zip((-worth).tolist(), places.tolist(), strict=True))  # of equals, the nearest first
+        experts = self._residency.experts
+        return [(-value, place // experts + 1, place % experts) for value, place in falling[:most]]
 
     def _for_this_window(
         self, candidates: list[_Candidate], room: int, pace: LinkPace
@@ -244,13 +234,15 @@ class ByValue:
             return value * pace.block_seconds > hurts
         return value * (pace.block_seconds - overrun) > (1 - value) * hurts
 
-    def _place(self, layer: int, needed: Sequence[int], chosen: list[_Candidate]) -> tuple[list[Key], list[int]]:
+    def _place(
+        self, layer: int, needed: Sequence[int], ahead: Float32[np.ndarray, "L E"], chosen: list[_Candidate]
+    ) -> tuple[list[Key], list[int]]:
         """Slots for the chosen, the most valuable first, as long as they are worth more than what leaves for them."""
         residency, order = self._residency, self._orders[layer + 1]
         keys = [(order[distance - 1], expert) for _, distance, expert in chosen]
         slots = [-1] * len(keys)
         free = residency.free
-        victims = self._cheapest(layer, needed, len(chosen) - free)
+        victims = self._cheapest(layer, needed, ahead, len(chosen) - free)
         for place in sorted(range(len(chosen)), key=lambda place: -chosen[place][0]):
             victim = None
             if free:
@@ -268,33 +260,38 @@ class ByValue:
             slots = [slot for slot in slots if slot >= 0]
         return keys, slots
 
-    def _cheapest(self, layer: int, needed: Sequence[int], wanted: int) -> Iterator[tuple[float, Key]]:
+    def _cheapest(
+        self, layer: int, needed: Sequence[int], ahead: Float32[np.ndarray, "L E"], wanted: int
+    ) -> Iterator[tuple[float, Key]]:
         """Resident keys that may leave, and what that costs, the cheapest first or nearly so."""
         slot_of, experts = self._residency.slot_of, self._residency.experts
         if not self._residency.policy.gives_way:
             return
-        likely, later, not_later, factor = self._next, self._later, self._not_later, self._factor
+        later, factor, layers = self._later, self._factor, len(self._factor)
         self._age += 1
         for _ in range(2):
             if self._age > _AGE or len(self._victims) < wanted:
-                self._look_for_victims(wanted)
+                self._look_for_victims(layer, ahead, wanted)
             while self._victims:
                 before, place = self._victims.pop()
                 key = owner, expert = divmod(place, experts)
                 if slot_of[key] < 0 or (owner == layer and expert in needed):
                     continue
-                cost = min(float(likely[key] * not_later[key] + later[key]) * factor[owner], self._cap[owner])
+                likely, again = float(ahead[(owner - layer - 1) % layers, expert]), float(later[key])
+                cost = min((likely + (1 - likely) * again) * factor[owner], self._cap[owner])
                 if cost <= 1.5 * before + _LEAST:
                     yield cost, key
 
-    def _look_for_victims(self, wanted: int) -> None:
+    def _look_for_victims(self, layer: int, ahead: Float32[np.ndarray, "L E"], wanted: int) -> None:
         """The resident keys of least cost, the dearest of them first."""
         self._age = 0
-        cost = np.multiply(self._next, self._not_later, out=self._cost)
+        cost, behind = self._cost, len(self._factor) - 1 - layer
+        np.multiply(ahead[:behind], self._not_later[layer + 1 :], out=cost[layer + 1 :])
+        np.multiply(ahead[behind:], self._not_later[: layer + 1], out=cost[: layer + 1])
         cost += self._later
         cost *= np.array(self._factor, np.float32)[:, None]
         np.minimum(cost, np.array(self._cap, np.float32)[:, None], out=cost)
-        np.copyto(cost, np.inf, where=self._residency.slot_of < 0)
+        cost += (self._residency.slot_of < 0) * _ABSENT  # several times faster than a choice by a mask
         flat = cost.reshape(-1)
         count = min(max(_BATCH, 2 * wanted), self._residency.cache_slots // 12 + wanted, len(flat))
         places = (flat < self._dear).nonzero()[0]

@@ -72,9 +72,9 @@ class Prefetcher(Generic[Blocks]):
         """Prefetches that have begun so far."""
         return self._link.prefetches_begun
 
-    def begin_step(self, batch: int, diversity: float | None, usual: Float32[np.ndarray, "L E"]) -> None:
-        """A step of `batch` tokens begins; see `Need.begin_step` and `ByValue.begin_step`."""
-        self._value.begin_step(usual)
+    def begin_step(self, batch: int, diversity: float | None) -> None:
+        """A step of `batch` tokens begins; see `Need.begin_step`."""
+        self._value.begin_step()
         self.horizons.begin_step(batch, diversity, self._link.pace, self._trust)
 
     def gate(self) -> None:

@@ -98,6 +98,8 @@ class Scheduler(Generic[Blocks]):
             missing, fix = "a predictor", "name one"
         elif not isinstance(self.link, PrefetchLink):
             missing, fix = f"a link that can prefetch, which {type(self.link).__name__} cannot", "choose another"
+        elif prefetch == "auto" and not self.residency.policy.gives_way:
+            return f"the cache policy {type(self.residency.policy).__name__} lets nothing leave for a prediction"
         else:
             return None
         if prefetch == "auto":
@@ -287,7 +289,7 @@ class Scheduler(Generic[Blocks]):
         if not math.isfinite(float(scores.sum())):
             raise PredictorError("its probabilities are not numbers")
         if prefetcher is not None:
-            prefetcher.begin_step(len(tokens), diversity, scores)
+            prefetcher.begin_step(len(tokens), diversity)
             policy.on_horizon(prefetcher.horizons.mean)
             if self._timeline is not None:
                 self._timeline.counter("horizon", self._now(), prefetcher.horizons.mean)

@@ -37,7 +37,7 @@ class Rig:
         scores = np.zeros((LAYERS, EXPERTS), np.float32)
         for (target, expert), probability in ahead.items():
             scores[(target - layer - 1) % LAYERS, expert] = probability
-        self.values.begin_step(np.zeros((LAYERS, EXPERTS), np.float32))
+        self.values.begin_step()
         reach = [self.longest] * LAYERS if reach is None else reach
         keys, slots = self.values.choose(layer, needed, scores, reach, room, pace, [1.0] * self.longest)
         assert [self.residency.key_of[slot] for slot in slots] == keys
@@ -144,5 +144,5 @@ def test_one_expert_in_one_layer() -> None:
     )
     values = ByValue(residency, longest=1)
     scores = np.ones((1, 1), np.float32)
-    values.begin_step(scores)
+    values.begin_step()
     assert values.choose(0, [], scores, [1], 4, IDLE, [1.0]) == ([(0, 0)], [0])

@@ -223,13 +223,16 @@ def test_a_layer_that_cannot_miss_is_told_later() -> None:
     assert sum(scheduler.residency.wasted) == EXPERTS - 3
 
 
-def test_automatic_prefetching_without_predictor_or_link_is_off_and_says_so() -> None:
+def test_automatic_prefetching_that_cannot_be_is_off_and_says_so() -> None:
     clock = VirtualClock()
     history = History(layers=LAYERS, experts=EXPERTS)
     assert make(FreeLink(), clock, None).stats.horizon == {"off_because": "it needs a predictor"}
     because = make(FreeLink(), clock, history).stats.horizon["off_because"]
     assert because == "it needs a link that can prefetch, which FreeLink cannot"
     assert make(FreeLink(), clock, None, prefetch="off").stats.horizon is None
+    link = SimulatedLink(LinkModel(bandwidth=1.0), clock, block_bytes=1)
+    because = make(link, clock, history, policy="static").stats.horizon["off_because"]
+    assert because == "the cache policy Static lets nothing leave for a prediction"
 
 
 @pytest.mark.parametrize(
