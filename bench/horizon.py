@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of these (default: 0)")
     parser.add_argument("--policy", default="lru", help="of the cache, in replays (default: lru)")
     parser.add_argument("--repeats", type=_report.positive, default=5, help="of what is timed")
-    parser.add_argument("--trained", type=Path, help="a predictor of ef-jax train-predictor, for part wall")
+    parser.add_argument("--trained", type=Path, help="a predictor of the bundled model, for stall and wall")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into a directory")
     _report.add_save_option(parser, "horizon")
     options = parser.parse_args()
@@ -94,7 +94,23 @@ def _picture(options: argparse.Namespace, name: str) -> Path | None:
 def _stall(options: argparse.Namespace) -> dict[str, Any]:
     from bench import _horizon_stall
 
-    return _horizon_stall.run(options.routing, policy=options.policy, picture=_picture(options, "stall"))
+    corrected = None if options.trained is None else _corrected(options.trained, options.routing)
+    return _horizon_stall.run(
+        options.routing, policy=options.policy, corrected=corrected, picture=_picture(options, "stall")
+    )
+
+
+def _corrected(trained: Path, trace: RoutingTrace) -> np.ndarray:
+    """The bins of a predictor that was trained for the bundled model."""
+    from ef_jax.loading import bundled_model
+    from ef_jax.predict.correction_bins import correction_bins
+    from ef_jax.predict.fingerprint import model_fingerprint
+    from ef_jax.predict.predictor_file import load_predictor
+    from ef_jax.weights import open_checkpoint
+
+    with open_checkpoint(bundled_model()) as checkpoint:
+        correction, _ = load_predictor(trained, checkpoint.spec, model_fingerprint(checkpoint.spec, checkpoint.dense()))
+    return correction_bins(correction, trace)
 
 
 def _rules(options: argparse.Namespace) -> dict[str, Any]:
