@@ -38,7 +38,7 @@ class StreamingEngine(Engine):
         phase.misses[index] += count
         phase.bytes_demand += count * self.plan.block_bytes
         phase.stall_seconds += self.link.seconds - spent
-        return routed, self.link.pool.array, slots.copy()
+        return routed, self.link.pool.array, slots.copy(), self._no_outputs
 
     def finish(self) -> None:
         """See `Engine`; copies under way are given up."""

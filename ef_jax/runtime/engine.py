@@ -98,8 +98,8 @@ class Engine:
         return self._dense
 
     @property
-    def _running(self) -> Programs:
-        """The programs of this run."""
+    def _running(self) -> Any:
+        """The programs of this run: `Programs`, or what a bench has put in their place."""
         return self.programs if self._blind is None or self._looking is self.look_ahead else self._blind
 
     def show(self, timeline: Timeline | None) -> None:
@@ -387,6 +387,6 @@ class Engine:
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.programs.temp_bytes)
 
 
-def _rows(ids: jax.Array) -> list[list[int]]:
+def _rows(ids: Any) -> list[list[int]]:
     """The experts of each active sequence of a step, `[B, 1, K]`; waits for them."""
     return [row for row in np.asarray(ids)[:, 0].tolist() if row[0] >= 0]

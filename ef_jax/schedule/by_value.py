@@ -92,8 +92,6 @@ class ByValue:
         self._used[:] = 0
         np.multiply(self._frequency, _LATER, out=self._later)
         np.subtract(1, self._later, out=self._not_later)
-        for layer in range(len(self._factor)):
-            self._refactor(layer)
 
     def served(self, layer: int, needed: Sequence[int], foreseen: int, late: int, missing: int) -> None:
         """Of what a layer `needed`, `foreseen` blocks had been fetched in time, `late` ones were under way, others were

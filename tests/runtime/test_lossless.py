@@ -62,7 +62,8 @@ def test_logits_are_the_all_resident_runs_bit_for_bit(batch, fraction, options):
     assert stats["slots"] < stats["experts"]
     assert sum(stats["decode"]["misses"]) > 0
     assert stats["decode"]["bytes_demand"] == sum(stats["decode"]["misses"]) * lm.plan.block_bytes
-    assert stats["bytes_demand"] == lm._engine.link.bytes_moved > 0
+    assert stats["bytes_demand"] + stats["bytes_prefetch"] == lm._engine.link.bytes_moved > 0
+    assert (stats["bytes_prefetch"] > 0) == (lm.stats.horizon["off_because"] is None)
 
 
 def test_the_smallest_budget_that_is_admitted_is_lossless_too():
