@@ -1,5 +1,6 @@
 """Candidates by value: the stall that a copy is expected to save, against what its link time and its slot are worth."""
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -74,7 +75,8 @@ class ByValue:
         self._own = 0.5
         self._fetched, self._waited, self._missed = [1.0] * layers, [0.5] * layers, [0.5] * layers
         self._factor = [0.5] * layers
-        self._used, self._frequency = np.zeros((2, layers, experts), np.float32)
+        self._frequency = np.zeros((layers, experts), np.float32)
+        self._uses: list[int] = []  # of the running step, as places in the table
         self._steps = 0
         self._later = np.zeros((layers, experts), np.float32)  # worth of later uses
         self._not_later = np.ones((layers, experts), np.float32)
@@ -88,15 +90,18 @@ class ByValue:
     def begin_step(self) -> None:
         """A step begins."""
         self._steps += 1
-        self._frequency += max(_RATE, 1 / self._steps) * (self._used - self._frequency)
-        self._used[:] = 0
+        used = np.zeros_like(self._frequency)
+        used.reshape(-1)[self._uses] = 1
+        self._uses.clear()
+        self._frequency += max(_RATE, 1 / self._steps) * (used - self._frequency)
         np.multiply(self._frequency, _LATER, out=self._later)
         np.subtract(1, self._later, out=self._not_later)
 
     def served(self, layer: int, needed: Sequence[int], foreseen: int, late: int, missing: int) -> None:
         """Of what a layer `needed`, `foreseen` blocks had been fetched in time, `late` ones were under way, others were
         `missing`."""
-        self._used[layer, needed] = 1
+        first = layer * self._residency.experts
+        self._uses += [first + expert for expert in needed]
         fetched, waited, missed = self._fetched, self._waited, self._missed
         fetched[layer] += (foreseen + late + missing - fetched[layer]) / _MEMORY
         waited[layer] += (_LATE * late + missing - waited[layer]) / _MEMORY
@@ -203,7 +208,8 @@ class ByValue:
     ) -> tuple[list[_Candidate], float]:
         """Those to fetch now, and the value of the best that finds no room at all."""
         window = min(pace.layer_seconds / pace.block_seconds, 2.0 * _MOST) if pace.block_seconds else 2.0 * _MOST
-        left = [0, room, *[int(window * d) - int(window * (d - 1)) for d in range(2, self._longest + 1)]]
+        begun = [int(window * windows) for windows in range(1, self._longest + 1)]
+        left = [0, room, *map(operator.sub, begun[1:], begun)]  # by distance
         now: list[_Candidate] = []
         later: list[_Candidate] = []
         rejected = 0.0

@@ -105,12 +105,11 @@ def test_the_price_of_a_full_link_makes_slots_dear() -> None:
     rig = Rig(slots=1)
     rig.hold(2, 0)
     tempting = {(2, 0): 0.5, (1, 5): 0.45}
-    rig.values.prices[:] = [1.0] * LAYERS
-    assert rig.choose(tempting) == []
-    rig.values.prices[:] = [0.0] * LAYERS
-    for layer in range(LAYERS):
-        rig.values._waited[layer] = 0.0
-    assert rig.choose(tempting) == [(1, 5)]
+    for price, chosen in ((1.0, []), (0.0, [(1, 5)])):
+        for layer in range(LAYERS):
+            rig.values.prices[layer], rig.values._waited[layer] = price, 0.0
+            rig.values._refactor(layer)
+        assert rig.choose(tempting) == chosen
 
 
 def test_a_block_that_would_hold_up_the_next_layers_misses_must_be_worth_it() -> None:
