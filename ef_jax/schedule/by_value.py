@@ -53,9 +53,9 @@ class ByValue:
 
     What a later use is worth goes by the decayed frequency of use, whatever the predictor says. Chosen by measurement,
     on routes of DeepSeek-V2-Lite with predictions from history alone and with such of which 90 % come true one layer
-    ahead, over links of 0.25 to 16 times the bandwidth that balances computing: the square of the share (the share
-    itself stalls up to 12 % longer with the one, the price alone up to 19 % with the other). A use one visit later
-    counts 0.4; any figure from 0.2 to 0.8 does, and 0 stalls 25 % longer where half of the experts are cached.
+    ahead, over links of 0.25 to 8 times the bandwidth that balances computing: the square of the share (the share
+    itself stalls up to 17 % longer with the one, the price alone as much with the other). A use one visit later counts
+    0.4; any figure from 0.2 to 0.8 does, and 0 stalls a quarter longer where half of the experts are cached.
 
     Args:
       residency: which block is where.
