@@ -117,7 +117,7 @@ class _Layer:
             self.bytes_read += rows * (experts.count + 1) * MODEL.hidden * 2
             if look.correction is not None:
                 embedded = (experts.top_k + 1) * look.correction.width * 4
-                self.bytes_read += _nbytes((looked.source, state)) + embedded
+                self.bytes_read += _nbytes((looked.trained.source, state)) + embedded
 
     def seconds(self) -> float:
         """One run."""
