@@ -125,12 +125,11 @@ class Engine:
     def prepare(self, lengths: Sequence[int], until: int) -> None:
         """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
         compiles while they run. They look ahead only if somebody will listen."""
-        looking = self.look_ahead if self.scheduler.begin_run() else None
-        if looking is not self._looking:
-            self._looking = looking
-            self._blind = self._blind or self.programs.without_look_ahead()
-            self._arrange_looks()
+        self._look(self.look_ahead if self.scheduler.listens() else None)
         self._running.compile_for(lengths, until)
+        if self._looking is not None and self.scheduler.on_trial:
+            self._blind = self._blind or self.programs.without_look_ahead()
+            self._blind.compile_for(lengths, until)
 
     def start(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> tuple[np.ndarray, np.ndarray]:
         """Begin a batch: run the prompts and choose each sequence's first token.
@@ -169,6 +168,8 @@ class Engine:
         positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
         span = self._running.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
+        if self._looking is not None and self._blind is not None and not self.scheduler.listens():
+            self._look(None)
         ahead = self._token_report
         self.scheduler.begin_step(
             batch.inputs[batch.active].tolist(),
@@ -309,6 +310,13 @@ class Engine:
             carried = serve(self._moe_index[last], carried)
             self._served_at = time.perf_counter()
         return carried
+
+    def _look(self, looking: LookAhead | None) -> None:
+        """From the next program on look ahead by `looking`, or not at all."""
+        if looking is not self._looking:
+            self._looking, self._token_report = looking, None
+            self._blind = self._blind or self.programs.without_look_ahead()
+            self._arrange_looks()
 
     def _arrange_looks(self) -> None:
         """The look ahead of each decoder layer's program, and that of the head's; None where there is none."""

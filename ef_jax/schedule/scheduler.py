@@ -111,9 +111,14 @@ class Scheduler(Generic[Blocks]):
         self._timeline = self.link.timeline = timeline
         self.residency.on_wasted = None if timeline is None else timeline.wasted
 
-    def begin_run(self) -> bool:
-        """Steps of a new run follow; whether they will listen to predictions. They will not where a trial has found
-        that they are faster without, until it is time to try again; then programs need not look ahead either."""
+    @property
+    def on_trial(self) -> bool:
+        """Whether a run may find out that steps are faster without prefetching."""
+        return self._trial is not None and not self._trial.held
+
+    def listens(self) -> bool:
+        """Whether the steps that follow listen to predictions. They do not where a trial has found that they are faster
+        without, until it is time to try again; so programs need not look ahead either."""
         self._resting = self._predictor is None or (self._trial is not None and not self._trial.wanted)
         return not self._resting
 

@@ -144,8 +144,13 @@ def test_programs_stop_looking_ahead_where_it_does_not_pay(monkeypatch):
     lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
     before = lm.generate([PROMPTS[1]], max_new_tokens=8)
     scheduler = lm._engine.scheduler
-    monkeypatch.setattr(scheduler._trial, "_choice", False)
+    pieces = lm.stream(PROMPTS[1], max_new_tokens=8)
+    text = next(pieces)
+    monkeypatch.setattr(scheduler._trial, "_choice", False)  # a trial ends in mid-run
     monkeypatch.setattr(scheduler._trial, "because", "a step took longer with it")
+    text += "".join(pieces)
+    assert text == before[0].text
+    assert lm._engine._running.look_ahead is None
     lm.stats.reset()
     after = lm.generate([PROMPTS[1]], max_new_tokens=8)
     assert lm._engine._running.look_ahead is None
