@@ -26,7 +26,7 @@ from ef_jax.nn import dense_shapes
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.predictor_file import load_predictor, read_predictor_manifest
-from ef_jax.prefetching import Prefetching, settle
+from ef_jax.prefetching import ALL_RESIDENT, Prefetching, settle
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
@@ -37,6 +37,7 @@ from ef_jax.schedule.async_link import AsyncLink, blocks_ahead
 from ef_jax.schedule.device_link import DeviceLink, blocks_in_flight, resolve_copy_mode
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
+from ef_jax.schedule.prefetch import check_candidates
 from ef_jax.schedule.token_order import check_order
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
@@ -120,6 +121,7 @@ def load(
         overlaps = mode == "async" or emulated is not None
         settled = settle(spec, prefetch=prefetch, predictor=predictor, overlaps=overlaps)
         checked_order = check_order(order)
+        check_candidates(candidates)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
         prefetches = settled.prefetch != "off"
@@ -146,7 +148,7 @@ def load(
     )
     if plan.slots == spec.total_experts:
         _fill(residency, device_link)
-        settled, look, programs = settled.all_resident(), None, programs.without_look_ahead()
+        settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
     engine = Engine(
         spec,
         plan,

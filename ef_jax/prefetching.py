@@ -30,16 +30,13 @@ class Prefetching:
     trained: Path | None = None
     off_because: str | None = None
 
-    def all_resident(self) -> "Prefetching":
-        """The same for a model whose experts all have a slot: there is nothing to fetch."""
-        return Prefetching(prefetch="off", predictor="none", off_because="every expert is on the device")
-
     def distances(self, spec: ModelSpec) -> int:
         """Distances that the programs have to score; 0: they need not look ahead."""
         return min(DISTANCES, len(spec.moe_layers)) if self.predictor == "pregate" else 0
 
 
 NO_PREFETCHING = Prefetching(prefetch="off", predictor="none")
+ALL_RESIDENT = Prefetching(prefetch="off", predictor="none", off_because="every expert is on the device")
 
 
 def settle(

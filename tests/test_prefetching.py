@@ -35,6 +35,15 @@ def test_options_as_given(spec, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [({"candidates": "best"}, "candidates 'best'"), ({"order": "first"}, "order 'first'")],
+)
+def test_rules_that_there_are_not_are_refused_even_where_nothing_is_prefetched(option, message):
+    with pytest.raises(ef_jax.InputError, match=message):
+        ef_jax.load(prefetch="off", **option)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prefetch": 9}, "horizon of 0 to 8"),

@@ -125,7 +125,7 @@ class Report(NamedTuple):
     """What a program tells the host.
 
     Attributes:
-      ids: the experts of each sequence, in batch order; None where no router ran.
+      ids: the experts of each sequence, in batch order; none where no router ran.
       bins: how likely coming layers are to use each expert; row d is d layers ahead.
       diversity: of the tokens chosen, see `token_diversity`; 0 where none were.
     """

@@ -56,8 +56,7 @@ class Prefetcher(Generic[Blocks]):
         candidates: str = "value",
         need: str = "batch",
     ) -> None:
-        if candidates not in CANDIDATES:
-            raise InputError(f"candidates {candidates!r:.60} is not one of {', '.join(CANDIDATES)}")
+        check_candidates(candidates)
         layers = residency.layers
         self._residency, self._link, self._predictor = residency, link, predictor
         self._candidates = candidates
@@ -171,6 +170,16 @@ class Prefetcher(Generic[Blocks]):
             "prefetches_failed": self._link.prefetches_failed,
             **self.horizons.report(),
         }
+
+
+def check_candidates(name: str) -> None:
+    """Refuse a rule that there is not.
+
+    Raises:
+      InputError: no rule for candidates has that name.
+    """
+    if name not in CANDIDATES:
+        raise InputError(f"candidates {name!r:.60} is not one of {', '.join(CANDIDATES)}")
 
 
 def distinct(rows: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -114,7 +114,7 @@ class Scheduler(Generic[Blocks]):
     @property
     def on_trial(self) -> bool:
         """Whether a run may find out that steps are faster without prefetching."""
-        return self._trial is not None and not self._trial.held
+        return self._trial is not None
 
     def listens(self) -> bool:
         """Whether the steps that follow listen to predictions. They do not where a trial has found that they are faster
