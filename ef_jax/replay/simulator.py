@@ -11,6 +11,7 @@ from ef_jax.memory.policies import Policy, make_policy
 from ef_jax.memory.policies.static import Static
 from ef_jax.memory.residency import Residency
 from ef_jax.predict import History, Oracle, PredictionCache, Predictor, Pregate
+from ef_jax.predict.log_odds import union_bins
 from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulated_link import FreeLink, SimulatedLink
 from ef_jax.replay.trace import Pass, RoutingTrace
@@ -40,6 +41,7 @@ def simulate(
     prefetch: Prefetch = "off",
     candidates: str = "value",
     bins: np.ndarray | None = None,
+    paths: np.ndarray | None = None,
     timeline: Timeline | None = None,
     on_pass: Callable[[Pass, Residency], None] | None = None,
 ) -> Stats:
@@ -65,6 +67,8 @@ def simulate(
       candidates: as for `Scheduler`.
       bins: uint8 `[N, L, H+1, E]`, what the pre-gate says at each row, see `PregateBins`; corrected scores, say. None:
         the trace's scores.
+      paths: uint8 `[N, L, E]`, bins of what each row's token is predicted to use in all layers, for rows that are
+        decoded; a predictor hears of a step what any of its rows is, see `Predictor.on_paths`. None: no paths.
       timeline: hears of what is counted, in virtual seconds; needs a link.
       on_pass: called after each pass that is counted.
 
@@ -74,6 +78,9 @@ def simulate(
     if not 0 <= fit < trace.sequences:
         raise InputError(f"fit {fit}: leave at least one of the {trace.sequences} sequences to be counted")
     parts = [trace.select(0, fit), trace.select(fit)] if fit else [trace]
+    shape = (trace.count, trace.layers, trace.num_experts)
+    if paths is not None and (paths.dtype != np.uint8 or paths.shape != shape):
+        raise InputError(f"paths are {paths.dtype} of shape {paths.shape}, and the trace needs uint8 of shape {shape}")
     said = None
     if bins is not None or (isinstance(predictor, str) and predictor.startswith("pregate")):
         said = PregateBins(trace, bins)
@@ -101,8 +108,9 @@ def simulate(
         if timeline is not None and part is parts[-1]:
             replay.show(timeline)
         for step in part.steps(batch):
-            ahead = None if said is None or step.prompt else said.of_step([first + row for row in step.rows])
-            replay.run(step, ahead)
+            rows = [first + row for row in step.rows]
+            ahead = None if said is None or step.prompt else said.of_step(rows)
+            replay.run(step, ahead, None if paths is None or step.prompt else union_bins(paths[rows]))
             if on_pass is not None and part is parts[-1]:
                 on_pass(step, replay.residency)
         replay.end_run()
@@ -227,14 +235,20 @@ class Replay:
         self._timeline = timeline
         self._scheduler.show(timeline)
 
-    def run(self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None = None) -> None:
-        """One pass; `ahead` is what the pre-gate says in a step of decoding, by source."""
+    def run(
+        self,
+        step: Pass,
+        ahead: UInt8[np.ndarray, "L distances E"] | None = None,
+        paths: UInt8[np.ndarray, "L E"] | None = None,
+    ) -> None:
+        """One pass; of a step of decoding, `ahead` is what the pre-gate says by source, and `paths` what its tokens are
+        predicted to use."""
         phase = self.stats.prefill if step.counts is not None else self.stats.decode
         began, busy = self._clock.now, self._busy
         if step.counts is not None:
             self._run_prompt(step.counts)
         else:
-            self._run_step(step, ahead)
+            self._run_step(step, ahead, paths)
         phase.steps += 1
         phase.tokens += len(step.tokens)
         phase.seconds += self._clock.now - began
@@ -250,10 +264,12 @@ class Replay:
     def _busy(self) -> float:
         return self._link.busy_seconds if self._link is not None else 0.0
 
-    def _run_step(self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None) -> None:
+    def _run_step(
+        self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None, paths: UInt8[np.ndarray, "L E"] | None
+    ) -> None:
         serve, layers = self._scheduler.serve, len(step.routes)
         of_source: list[np.ndarray | None] = [None] * (layers + 1) if ahead is None else [*ahead, None]
-        self._scheduler.begin_step(step.tokens, of_source[0])
+        self._scheduler.begin_step(step.tokens, of_source[0], paths=paths)
         if self._link is None:
             for layer, rows in enumerate(step.routes):
                 serve(layer, rows, of_source[layer + 1])

@@ -128,6 +128,7 @@ class Scheduler(Generic[Blocks]):
         ahead: UInt8[np.ndarray, "distances E"] | None = None,
         *,
         diversity: float | None = None,
+        paths: UInt8[np.ndarray, "L E"] | None = None,
     ) -> None:
         """A decode step begins.
 
@@ -135,6 +136,7 @@ class Scheduler(Generic[Blocks]):
           tokens: the ids that the active sequences take in, in batch order.
           ahead: what the pre-gate sees from the embeddings of these tokens, see `Predictor.on_ahead`.
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
+          paths: what the tokens are predicted to use in all layers, see `Predictor.on_paths`.
         """
         self._make_sure()
         self.residency.policy.on_step(tokens)
@@ -149,7 +151,7 @@ class Scheduler(Generic[Blocks]):
             self._accuracy.on_step()
         if (predictor := self._predictor) is not None:
             try:
-                self._foresee(predictor, tokens, ahead, diversity)
+                self._foresee(predictor, tokens, ahead, diversity, paths)
             except Exception as error:
                 self._give_up(error)
 
@@ -286,10 +288,13 @@ class Scheduler(Generic[Blocks]):
         tokens: Sequence[int],
         ahead: UInt8[np.ndarray, "distances E"] | None,
         diversity: float | None,
+        paths: UInt8[np.ndarray, "L E"] | None,
     ) -> None:
         """What a predictor and those who listen to it do at the beginning of a step."""
         policy, prefetcher = self.residency.policy, self._prefetcher
         predictor.on_step(tokens)
+        if paths is not None:
+            predictor.on_paths(paths)
         scores = predictor.step_scores()
         if not math.isfinite(float(scores.sum())):
             raise PredictorError("its probabilities are not numbers")
@@ -303,7 +308,7 @@ class Scheduler(Generic[Blocks]):
             predictor.on_ahead(-1, ahead)
         if policy.wants_predictions:
             policy.on_predict(scores if ahead is None else predictor.step_scores())
-        if prefetcher is not None and ahead is not None:
+        if prefetcher is not None and (ahead is not None or paths is not None):
             prefetcher.gate()
             self._plan(-1, ())
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ef_jax.predict.log_odds import LIMIT, NOMINAL, highest, log_odds, to_bins, union
+from ef_jax.predict.log_odds import BINS, LIMIT, NOMINAL, highest, log_odds, to_bins, union, union_bins
 
 MODULES = pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 
@@ -101,3 +101,23 @@ def test_bins_stand_for_the_probabilities_in_them(xp: ModuleType) -> None:
     middles = np.log(NOMINAL / (1 - NOMINAL.astype(np.float64)))
     assert np.abs(middles[bins] - odds).max() < 1 / 32 + 1e-2
     assert to_bins(np.array([-LIMIT, LIMIT], np.float32), np).tolist() == [0, 255]
+
+
+def test_union_of_bins_is_that_of_what_they_stand_for() -> None:
+    random = np.random.default_rng(0)
+    of_each = random.integers(0, BINS, (16, 3, 400), dtype=np.uint8)
+    for count in (2, 5, 16):
+        middles = (of_each[:count].astype(np.float32) + 0.5 - 128) / 16
+        together = union_bins(of_each[:count])
+        assert (together.dtype, together.shape) == (np.uint8, (3, 400))
+        expected = to_bins(union(middles, np.ones(count, bool), np), np).astype(int)
+        assert np.abs(together - expected).max() <= 1  # by rounding, near the edge of a bin
+        assert (together >= of_each[:count].max(axis=0)).all()
+    rare = np.zeros((16, 1), np.uint8)
+    assert union_bins(rare).tolist() == [int(np.log(16) * 16 + 0.5)]
+
+
+def test_union_of_one_sequences_bins_is_itself() -> None:
+    every = np.arange(BINS, dtype=np.uint8)
+    np.testing.assert_array_equal(union_bins(every[None]), every)
+    np.testing.assert_array_equal(union_bins(np.stack([every, np.zeros_like(every)]))[80:], every[80:])

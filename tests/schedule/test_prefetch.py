@@ -29,6 +29,9 @@ class Told:
     def on_step(self, tokens):
         self.heard.append(("step", tokens))
 
+    def on_paths(self, bins):
+        self.heard.append(("paths", bins))
+
     def on_ahead(self, layer, bins):
         self.heard.append((layer, "ahead"))
 
@@ -92,6 +95,20 @@ def test_a_right_prediction_is_a_hit_without_a_stall():
     assert (rig.decode.stall_seconds, rig.decode.bytes_demand, rig.decode.bytes_prefetch) == (1.0, 1, 1)
     assert rig.decode.hits[1] == 1
     assert rig.predictor.heard == [("step", [0]), (0, [[0]]), (1, [[4]])]
+
+
+def test_paths_are_heard_first_and_the_step_begins_with_a_plan():
+    """What the first layer is predicted to use is fetched before it asks."""
+    rig = Rig(compute=2.5)
+    paths = np.zeros((3, EXPERTS), np.uint8)
+    rig.say(0, 5)
+    rig.scheduler.begin_step([7], paths=paths)
+    rig.clock.advance(rig.compute)
+    admission = rig.serve(0, 5)
+    assert (admission.hits, admission.late, admission.missing) == (1, [], [])
+    assert rig.decode.stall_seconds == 0.0
+    assert [event[0] for event in rig.predictor.heard] == ["step", "step", "paths", 0]
+    assert rig.predictor.heard[2][1] is paths
 
 
 def test_a_late_hit_waits_for_the_rest_of_the_copy_only():

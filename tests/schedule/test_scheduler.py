@@ -74,6 +74,9 @@ class Random:
     def on_step(self, tokens):
         self._call()
 
+    def on_paths(self, bins):
+        self._call()
+
     def on_ahead(self, layer, bins):
         self._call()
 
