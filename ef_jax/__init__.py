@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from ef_jax.errors import InputError as InputError
     from ef_jax.errors import LinkError as LinkError
     from ef_jax.errors import UnsupportedError as UnsupportedError
+    from ef_jax.generation import Generation as Generation
+    from ef_jax.generation import Score as Score
     from ef_jax.loading import load as load
     from ef_jax.memory.plan import MemoryPlan as MemoryPlan
     from ef_jax.replay.trace import RoutingTrace as RoutingTrace
-    from ef_jax.runtime.generation import Generation as Generation
-    from ef_jax.runtime.generation import Score as Score
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
-    from ef_jax.runtime.sampling import SamplingOptions as SamplingOptions
+    from ef_jax.sampling_options import SamplingOptions as SamplingOptions
     from ef_jax.schedule.link_model import LinkModel as LinkModel
     from ef_jax.spec import ModelSpec as ModelSpec
     from ef_jax.stats import Stats as Stats
@@ -27,13 +27,13 @@ _MODULES = {
     "InputError": "errors",
     "LinkError": "errors",
     "UnsupportedError": "errors",
+    "Generation": "generation",
+    "Score": "generation",
     "load": "loading",
     "MemoryPlan": "memory.plan",
     "RoutingTrace": "replay.trace",
-    "Generation": "runtime.generation",
-    "Score": "runtime.generation",
     "LanguageModel": "runtime.language_model",
-    "SamplingOptions": "runtime.sampling",
+    "SamplingOptions": "sampling_options",
     "LinkModel": "schedule.link_model",
     "Stats": "stats",
     "Timeline": "timeline",

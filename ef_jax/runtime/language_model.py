@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ef_jax.errors import InputError
+from ef_jax.generation import FinishReason, Generation, Score
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.runtime.engine import Engine
-from ef_jax.runtime.generation import FinishReason, Generation, Score
 from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.runtime.recorder import Listener, Recorder
 from ef_jax.runtime.residual_means import ResidualMeans, logit_shifts

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "timeout", "cancelled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +13,8 @@ class Generation:
 
     text: decoded continuation, up to a stop string; None where the checkpoint has no tokenizer. tokens: generated
     ids, an end-of-sequence token included. logprobs: natural log-probability of each token under the unmodified
-    logits. finish_reason: "eos", "stop" (a stop string) or "length" (max_new_tokens, or the context is full).
+    logits. finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens, or the context is full), or, of a
+    submission, "timeout" or "cancelled" (what had come by then).
     """
 
     text: str | None
