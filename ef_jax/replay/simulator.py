@@ -166,6 +166,7 @@ class Replay:
     Attributes:
       stats: what was counted.
       residency: which block is in which slot.
+      now: virtual seconds since the beginning.
     """
 
     def __init__(
@@ -240,15 +241,17 @@ class Replay:
         step: Pass,
         ahead: UInt8[np.ndarray, "L distances E"] | None = None,
         paths: UInt8[np.ndarray, "L E"] | None = None,
+        *,
+        seconds: Sequence[float] | None = None,
     ) -> None:
         """One pass; of a step of decoding, `ahead` is what the pre-gate says by source, and `paths` what its tokens are
-        predicted to use."""
+        predicted to use. `seconds` are its layers' compute times; None: those of all passes."""
         phase = self.stats.prefill if step.counts is not None else self.stats.decode
         began, busy = self._clock.now, self._busy
         if step.counts is not None:
-            self._run_prompt(step.counts)
+            self._run_prompt(step.counts, self._prompt_seconds if seconds is None else seconds)
         else:
-            self._run_step(step, ahead, paths)
+            self._run_step(step, ahead, paths, self._step_seconds if seconds is None else seconds)
         phase.steps += 1
         phase.tokens += len(step.tokens)
         phase.seconds += self._clock.now - began
@@ -261,11 +264,19 @@ class Replay:
         self._scheduler.end_run()
 
     @property
+    def now(self) -> float:
+        return self._clock.now
+
+    @property
     def _busy(self) -> float:
         return self._link.busy_seconds if self._link is not None else 0.0
 
     def _run_step(
-        self, step: Pass, ahead: UInt8[np.ndarray, "L distances E"] | None, paths: UInt8[np.ndarray, "L E"] | None
+        self,
+        step: Pass,
+        ahead: UInt8[np.ndarray, "L distances E"] | None,
+        paths: UInt8[np.ndarray, "L E"] | None,
+        by_layer: Sequence[float],
     ) -> None:
         serve, layers = self._scheduler.serve, len(step.routes)
         of_source: list[np.ndarray | None] = [None] * (layers + 1) if ahead is None else [*ahead, None]
@@ -274,14 +285,14 @@ class Replay:
             for layer, rows in enumerate(step.routes):
                 serve(layer, rows, of_source[layer + 1])
         else:
-            *most, last = self._step_seconds
+            *most, last = by_layer
             self._compute("first layer's attention", last / 2)
             for layer, (rows, seconds) in enumerate(zip(step.routes, [*most, last / 2], strict=True)):
                 serve(layer, rows, of_source[layer + 1])
                 self._compute(f"layer {layer}", seconds)
 
-    def _run_prompt(self, chunk: np.ndarray) -> None:
-        for layer, (counts, seconds) in enumerate(zip(chunk, self._prompt_seconds, strict=True)):
+    def _run_prompt(self, chunk: np.ndarray, by_layer: Sequence[float]) -> None:
+        for layer, (counts, seconds) in enumerate(zip(chunk, by_layer, strict=True)):
             rows = counts.sum()
             for wave in self._scheduler.serve_prompt(layer, counts):
                 self._compute(f"prompt, layer {layer}", seconds * float(counts[wave.slot_row >= 0].sum() / rows))
