@@ -1,7 +1,8 @@
 """Which of the sequences that are being decoded share a step: those whose tokens use the same experts.
 
-ExpertFlow-H (arXiv:2410.17954) calls it the token scheduler. A step copies an expert once, however many of its tokens use it, so
-what counts is the union of experts over a step's tokens, added up over the steps. Results do not depend on it.
+ExpertFlow-H (arXiv:2410.17954) calls it the token scheduler. A step copies an expert once, however many of its tokens
+use it, so what counts is the union of experts over a step's tokens, added up over the steps. Results do not depend on
+it.
 """
 
 import itertools
