@@ -118,7 +118,7 @@ def train(
     Raises:
       InputError: optax is not installed, or there are too few tokens or sequences.
     """
-    optax = _optax()
+    optax = load_optax()
     rows, held = examples.split(options.held_out, options.seed)
     if len(rows) < LEAST_TOKENS:
         raise InputError(f"{len(rows)} tokens to learn from are too few: record at least {LEAST_TOKENS}, better 20,000")
@@ -232,7 +232,12 @@ def _steps(epochs: float | None, steps_an_epoch: float) -> int:
     return max(least, math.ceil((epochs or _EPOCHS) * steps_an_epoch))
 
 
-def _optax() -> Any:
+def load_optax() -> Any:
+    """The module optax.
+
+    Raises:
+      InputError: it is not installed.
+    """
     try:
         import optax
     except ImportError:

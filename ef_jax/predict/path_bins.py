@@ -1,0 +1,98 @@
+"""What a routing path would have predicted in a recorded run, for replays."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int32, UInt8
+
+from ef_jax.errors import InputError
+from ef_jax.nn.routing_path import PathState, RoutingPath, RoutingPathSpec, decode, encode, state_shapes
+from ef_jax.predict.log_odds import to_bins
+from ef_jax.replay.trace import PROMPT, RoutingTrace
+
+_ROWS = 32
+_STEPS = 64
+
+
+class _Stream(NamedTuple):
+    """Rows `first` to `last` of a trace, decoded one after another; those from `told` on are its prompt."""
+
+    told: int
+    first: int
+    last: int
+
+
+def offline_path_bins(
+    path: RoutingPath, trace: RoutingTrace, *, prompt: int | None = None
+) -> UInt8[np.ndarray, "N L E"]:
+    """Bins of each token's own path, as an engine knows them once the token is known.
+
+    Args:
+      path: a trained predictor.
+      trace: recorded routing.
+      prompt: tokens at the start of each sequence that the encoder reads, all but the last of a shorter one; 0: none;
+        None: those that were recorded as a prompt. What comes after them is decoded. They themselves are predicted
+        from what is before them, as if there had been no prompt.
+
+    Raises:
+      InputError: `prompt` is negative, or the trace is not of the predictor's sizes.
+    """
+    spec = path.spec
+    found, wanted = (trace.layers, trace.num_experts, trace.top_k), (spec.layers, spec.experts, spec.top_k)
+    if found != wanted:
+        raise InputError(f"a routing path of layers, experts and top-k {wanted} is not for a trace of {found}")
+    if prompt is not None and prompt < 0:
+        raise InputError(f"a prompt of {prompt} tokens: give 0 or more, or None for what was recorded as one")
+    graph, leaves = nnx.split(path)
+
+    @jax.jit
+    def begin(leaves: nnx.State, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
+        shapes = state_shapes(spec, rows=_ROWS, context=spec.window)
+        empty = PathState(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
+        return empty._replace(prompts=encode(nnx.merge(graph, leaves), prompts, lengths), lengths=lengths)
+
+    @jax.jit
+    def follow(
+        leaves: nnx.State, state: PathState, tokens: Int32[Array, "S R"]
+    ) -> tuple[PathState, UInt8[Array, "S R L E"]]:
+        merged = nnx.merge(graph, leaves)
+
+        def one(state: PathState, tokens: Int32[Array, " R"]) -> tuple[PathState, UInt8[Array, "R L E"]]:
+            odds, state = decode(merged, state, jnp.arange(_ROWS), tokens)
+            return state, to_bins(odds, jnp)
+
+        return jax.lax.scan(one, state, tokens)
+
+    bins = np.zeros((trace.count, spec.layers, spec.experts), np.uint8)
+    streams = sorted(_streams(trace, spec, prompt), key=lambda stream: stream.last - stream.first)
+    for start in range(0, len(streams), _ROWS):
+        part = streams[start : start + _ROWS]
+        prompts, lengths = np.zeros((_ROWS, spec.most_prompt), np.int32), np.zeros(_ROWS, np.int32)
+        for row, (told, first, _) in enumerate(part):
+            prompts[row, : first - told], lengths[row] = trace.tokens[told:first], first - told
+        state = begin(leaves, prompts, lengths)
+        for done in range(0, max(stream.last - stream.first for stream in part), _STEPS):
+            tokens = np.zeros((_STEPS, _ROWS), np.int32)
+            places = [slice(first + done, min(first + done + _STEPS, last)) for _, first, last in part]
+            for row, place in enumerate(places):
+                taken = trace.tokens[place]
+                tokens[: len(taken), row] = taken
+            state, out = follow(leaves, state, tokens)
+            told_bins = np.asarray(out)
+            for row, place in enumerate(places):
+                bins[place] = told_bins[: len(bins[place]), row]
+    return bins
+
+
+def _streams(trace: RoutingTrace, spec: RoutingPathSpec, prompt: int | None) -> list[_Stream]:
+    streams = []
+    for first, last in zip(trace.offsets[:-1].tolist(), trace.offsets[1:].tolist(), strict=True):
+        said = int((trace.phases[first:last] == PROMPT).sum()) if prompt is None else prompt
+        cut = first + min(said, last - first - 1)
+        if cut > first:
+            streams.append(_Stream(first, first, cut))
+        streams.append(_Stream(max(first, cut - spec.most_prompt), cut, last))
+    return streams
