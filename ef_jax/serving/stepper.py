@@ -1,7 +1,7 @@
 """What the batch engine asks of whatever runs the passes."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -9,6 +9,7 @@ from jaxtyping import Int32, UInt8
 from ef_jax.sampling_options import SamplingOptions
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """Runs passes over sequences that each hold a row of key/value caches; it decides nothing about their order.
 

@@ -1,0 +1,264 @@
+"""Continuous batching: requests join and leave the rows of a stepper between its passes."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ef_jax.errors import LinkError
+from ef_jax.generation import FinishReason
+from ef_jax.serving.request import Request
+from ef_jax.serving.rounds import Rounds
+from ef_jax.serving.stepper import Stepper
+from ef_jax.serving.turnstile import Turnstile
+
+_T = TypeVar("_T")
+
+Regroup = Callable[[UInt8[np.ndarray, "n L E"], int], list[list[int]]]
+
+
+class BatchEngine:
+    """Serves requests first come, first served, by turns that any thread may take.
+
+    A turn is at most one prompt pass, then one decode step, so that a prompt holds running texts up for one chunk at
+    most. Every request ends once: by its output (end of sequence, stop string, length), because it was cancelled or
+    its time was up, or by an error. A `LinkError` ends the requests of the pass that meets it twice in a row; any
+    other error all that hold a row, since it may have lost the caches.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        *,
+        regroup: Regroup | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`regroup`: cuts predicted paths `[n, L, E]` into groups of at most so many, by index, where more rows decode
+        than a step takes; None: groups in order of arrival. `clock`: what deadlines refer to, in seconds."""
+        self.clock = clock
+        self._stepper = stepper
+        self._regroup = regroup
+        self._turnstile = Turnstile()
+        # Deques, which need no lock: a generator that is collected cancels its request wherever that happens.
+        self._arrived: deque[Request] = deque()
+        self._cancelled: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()
+        self._seated: dict[int, Request] = {}
+        self._rounds = Rounds(stepper.batch, self._groups)
+        self._lost = False
+        self._rests = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._seated or self._waiting or self._arrived)
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests; they move on as turns are taken."""
+        self._arrived.extend(requests)
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End requests that have not ended: now, or after the turn that another thread is in."""
+        self._cancelled.extend(requests)
+        self._settle()
+
+    def turn(self, unless: Callable[[], bool] | None = None) -> None:
+        """Take a turn: one prompt pass at most, then one decode step at most.
+
+        Args:
+          unless: asked when it is this thread's turn; no pass is run if it holds.
+        """
+        try:
+            with self._turnstile.enter():
+                if unless is None or not unless():
+                    self._guard(self._turn)
+        finally:
+            self._settle()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold turns off for a `with` block."""
+        try:
+            with self._turnstile.enter():
+                yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """End cancelled requests, unless another turn is on: its thread comes here after it."""
+        while self._cancelled:
+            with self._turnstile.slip_in() as free:
+                if not free:
+                    return
+                self._guard(self._end_cancelled)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Do `work`; an error in it ends all seated requests, and goes on to the caller if there are none."""
+        try:
+            if self._lost:
+                self._recover()
+            work()
+            self._rest_if_idle()
+        except Exception as error:
+            if not self._fail(error):
+                raise
+        except BaseException:
+            self._fail(RuntimeError("a call that ran together with this request was interrupted, and its caches lost"))
+            raise
+
+    def _fail(self, error: Exception) -> bool:
+        """All seated requests end by `error`; whether any did."""
+        self._lost = True
+        ended = list(self._seated.values())
+        self._seated.clear()
+        for request in ended:
+            request.row = None
+            request.end(error)
+        try:
+            self._recover()
+            self._rest_if_idle()
+        except Exception as worse:
+            self._receive()
+            ended += self._waiting
+            while self._waiting:
+                self._waiting.popleft().end(worse)
+        return bool(ended)
+
+    def _recover(self) -> None:
+        self._stepper.recover()
+        self._lost = False
+
+    def _rest_if_idle(self) -> None:
+        if self.idle and not self._rests:
+            self._rests = True
+            self._stepper.rest()
+
+    def _turn(self) -> None:
+        self._receive()
+        self._end_late()
+        self._prepare()
+        self._seat()
+        self._prompt_pass()
+        self._step()
+
+    def _receive(self) -> None:
+        while self._arrived:
+            self._waiting.append(self._arrived.popleft())
+
+    def _end_cancelled(self) -> None:
+        self._receive()
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            # A call may be interrupted before it has queued all of its requests.
+            if request.row is not None or request in self._waiting:
+                self._close(request, "cancelled")
+
+    def _end_late(self) -> None:
+        now = self.clock()
+        for request in [*self._waiting, *self._seated.values()]:
+            if request.deadline is not None and now >= request.deadline:
+                self._close(request, "timeout")
+
+    def _prepare(self) -> None:
+        """Compile for requests before anything of theirs runs; one that cannot be compiled for ends alone."""
+        for request in [request for request in self._waiting if not request.cuts]:
+            length = len(request.prompt)
+            try:
+                self._stepper.prepare(length, request.until)
+            except Exception as error:
+                self._waiting.remove(request)
+                request.end(error)
+            else:
+                request.cuts = list(self._stepper.cuts(length))
+
+    def _seat(self) -> None:
+        """Waiting requests take free rows."""
+        free = [row for row in range(self._stepper.rows) if row not in self._seated] if self._waiting else []
+        for row in free[: len(self._waiting)]:
+            request = self._waiting.popleft()
+            request.row = row
+            self._seated[row] = request
+            self._rests = False
+            self._stepper.join(row, request.prompt, request.options, request.draw)
+
+    def _prompt_pass(self) -> None:
+        """The next chunk of the prompt that has waited longest, and of others that are as wide."""
+        filling = [request for request in self._seated.values() if request.cuts]
+        if not filling:
+            return
+        width = filling[0].cuts[0][1]
+        part = [request for request in filling if request.cuts[0][1] == width][: self._stepper.lanes(width)]
+        parts = [(_row(request), request.cuts[0][0]) for request in part]
+        firsts = self._run(part, lambda: self._stepper.prompt_pass(width, parts))
+        if firsts is None:
+            return
+        for request, (row, _) in zip(part, parts, strict=True):
+            del request.cuts[0]
+            if not request.cuts:
+                self._take(request, *firsts[row])
+
+    def _step(self) -> None:
+        """One token more of a group of those that decode."""
+        decoding = [request for request in self._seated.values() if not request.cuts]
+        if not decoding:
+            return
+        group = sorted(self._rounds.next(decoding), key=_row)
+        rows = [_row(request) for request in group]
+        tokens = self._run(group, lambda: self._stepper.step(rows))
+        if tokens is not None:
+            for request, (token, logprob) in zip(group, tokens, strict=True):
+                self._take(request, token, logprob)
+
+    def _groups(self, decoding: Sequence[Request], size: int) -> list[list[Request]]:
+        paths = None if self._regroup is None else self._stepper.paths([_row(request) for request in decoding])
+        if self._regroup is None or paths is None:
+            return [list(decoding[first : first + size]) for first in range(0, len(decoding), size)]
+        return [[decoding[index] for index in group] for group in self._regroup(paths, size)]
+
+    def _run(self, part: Sequence[Request], run: Callable[[], _T]) -> _T | None:
+        """A pass; None if it has met a `LinkError` twice, which has ended its requests then."""
+        try:
+            return run()
+        except LinkError:
+            pass  # a second attempt asks for other copies
+        try:
+            return run()
+        except LinkError as error:
+            for request in part:
+                self._end(request, error)
+            return None
+
+    def _take(self, request: Request, token: int, logprob: float) -> None:
+        """A token has come; one that no text can be made of ends its request alone."""
+        try:
+            request.output.push(token, logprob)
+        except Exception as error:
+            self._end(request, error)
+            return
+        if request.output.finish_reason is None:
+            request.tell()
+        else:
+            self._end(request)
+
+    def _close(self, request: Request, reason: FinishReason) -> None:
+        """End a request before its time."""
+        request.output.close(reason)
+        self._end(request)
+
+    def _end(self, request: Request, error: Exception | None = None) -> None:
+        if request.row is None:
+            self._waiting.remove(request)
+        else:
+            self._stepper.leave(request.row)
+            del self._seated[request.row]
+            request.row = None
+        request.end(error)
+
+
+def _row(request: Request) -> int:
+    assert request.row is not None
+    return request.row
