@@ -29,6 +29,22 @@ def regroup(paths: UInt8[np.ndarray, "n L E"] | Float[np.ndarray, "n L E"], size
     an expert is left out by a group with probability prod_i (1 - p_i), which a change multiplies by
     (1 - p_in) / (1 - p_out). The result is never worse, by this estimate, than the order given.
 
+    Rows can be told apart by every few layers, so about 900 pairs of layer and expert are looked at: 0.7 ms for 64 rows
+    of 48 layers x 128 experts in groups of 32, 1.2 ms in groups of 16 (`bench.token_scheduler`).
+
+    Compared there on tokens of different prompts of DeepSeek-V2-Lite: experts used, % of those of random groups, by
+    predictions from token ids alone and, in brackets, by true routes. The paper takes medoids by Hamming distance.
+
+    | rows in groups of | medoids | greedy | exchanges from the order given | greedy, then exchanges |
+    | --- | --- | --- | --- | --- |
+    | 16 in 8 | 92.3 (90.9) | 91.4 (89.6) | 92.6 (91.0) | 91.1 (88.6) |
+    | 64 in 32 | 93.7 (91.3) | 91.3 (88.4) | 92.7 (94.2) | 90.5 (87.8) |
+    | 64 in 16 | 84.2 (80.2) | 83.6 (78.4) | 84.7 (82.3) | 82.3 (77.1) |
+    | 64 in 8 | 82.4 (78.5) | 82.3 (76.4) | 81.6 (77.6) | 81.2 (75.0) |
+
+    The smallest unions there are for 10 rows in groups of 5, found by trying all, are 93.6 (91.4); this gives 93.6
+    (91.8).
+
     Args:
       paths: what each row's token is expected to use: bins of `predict.log_odds`, or probabilities.
       size: rows of a group at most.
