@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int32
 
+from ef_jax.generation import Generation
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.serving.output import Output
 
@@ -47,6 +48,16 @@ class Request:
     def until(self) -> int:
         """Positions of the caches that it takes at most: its last token is not fed back."""
         return len(self.prompt) + self.output.limit - 1
+
+    def result(self) -> Generation:
+        """What came of it, once it has ended.
+
+        Raises:
+          Exception: what ended it, where that is an error.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.output.generation()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for its end, `timeout` seconds at most; whether it has ended."""

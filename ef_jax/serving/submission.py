@@ -42,9 +42,7 @@ class Submission:
         """
         if not self._request.wait(timeout):
             raise TimeoutError(f"the submission has not ended within {timeout:g} s")
-        if self._request.error is not None:
-            raise self._request.error
-        return self._request.output.generation()
+        return self._request.result()
 
     def __await__(self) -> Generator[object, None, Generation]:
         return self._ended().__await__()
