@@ -23,6 +23,7 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
+from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.predictor_file import load_predictor, read_predictor_manifest
@@ -267,7 +268,7 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
 
 def _look_ahead_spec(spec: ModelSpec, settled: Prefetching) -> LookAheadSpec | None:
     if settled.trained is not None:
-        correction = read_predictor_manifest(settled.trained).spec
+        correction = read_predictor_manifest(settled.trained, CorrectionSpec).spec
         return LookAheadSpec(distances=correction.distances, correction=correction)
     distances = settled.distances(spec)
     return LookAheadSpec(distances=distances) if distances else None

@@ -150,7 +150,7 @@ class RoutingPath(nnx.Module):
         """
         memory = encode(self, prompts, lengths, drop)
         place = jnp.arange(tokens.shape[1])
-        distance = place[:, None] - place
+        distance = place[:, None] - place[None]
         visible = ((distance >= 0) & (distance < self.spec.window))[None]
         bias = self.decoder_bias(buckets(jnp.maximum(distance, 0))[None])
         prompt_bias, known = self._prompt_view(prompts.shape[1], lengths, jnp.broadcast_to(place, tokens.shape))
@@ -180,8 +180,8 @@ class RoutingPath(nnx.Module):
     ) -> tuple[Float[Array, "B H T P"], Array]:
         """Bias and visibility of the tokens of a prompt for generated tokens."""
         place = jnp.arange(width)
-        distance = positions[:, :, None] + lengths[:, None, None] - place[None, None]
-        known = jnp.broadcast_to((place < lengths[:, None])[:, None], distance.shape)
+        distance = (positions + lengths[:, None])[:, :, None] - place[None, None]
+        known = jnp.broadcast_to((place[None] < lengths[:, None])[:, None], distance.shape)
         return self.prompt_bias(buckets(jnp.maximum(distance, 0))), known
 
 
@@ -193,8 +193,8 @@ def encode(
 ) -> Float[Array, "N B P H two_hd"]:
     """Keys and values of prompts for each decoder layer; arguments as in `RoutingPath.__call__`."""
     place = jnp.arange(prompts.shape[1])
-    visible = jnp.broadcast_to((place < lengths[:, None])[:, None], (*prompts.shape, len(place)))
-    bias = path.encoder_bias(both_ways(place[:, None] - place)[None])
+    visible = jnp.broadcast_to((place[None] < lengths[:, None])[:, None], (*prompts.shape, len(place)))
+    bias = path.encoder_bias(both_ways(place[:, None] - place[None])[None])
     x = drop(path.embed(prompts))
     for block in path.encoder:
         normed = block.attend.norm(x)
@@ -221,7 +221,7 @@ def decode(
     size = state.recent.shape[2]
     positions = state.positions.at[rows].get(mode="clip")[:, None]
     lengths = state.lengths.at[rows].get(mode="clip")
-    age = (positions - jnp.arange(size)) % size
+    age = (positions - jnp.arange(size)[None]) % size
     visible = ((age <= positions) & (age < path.spec.window))[:, None]
     bias = path.decoder_bias(buckets(age)[:, None])
     prompt_bias, known = path._prompt_view(state.prompts.shape[2], lengths, positions)
@@ -261,15 +261,15 @@ def join(
     )
 
 
-def state_shapes(spec: RoutingPathSpec, *, rows: int, context: int) -> PathState:
-    """Shapes and dtypes of the state of `rows` rows that follow `context` generated tokens; nothing is allocated.
+def empty_state(spec: RoutingPathSpec, *, rows: int, context: int) -> PathState:
+    """The state of `rows` rows without a sequence; `jax.eval_shape` tells its size without allocating it.
 
-    Fewer than `spec.window` tokens are kept where `context` is shorter.
+    Args:
+      spec: the predictor's.
+      rows: R.
+      context: generated tokens that will be followed. Where it is below `spec.window`, no more are kept.
     """
     layers, heads, width = spec.decoder_layers, spec.heads, spec.kv_width
-    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32)
-
-    def cache(places: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((layers, rows, places, heads, width), jnp.float32)
-
-    return PathState(cache(spec.most_prompt), numbers, cache(min(spec.window, context)), numbers)
+    prompts = jnp.zeros((layers, rows, spec.most_prompt, heads, width))
+    recent = jnp.zeros((layers, rows, min(spec.window, context), heads, width))
+    return PathState(prompts, jnp.zeros(rows, jnp.int32), recent, jnp.zeros(rows, jnp.int32))

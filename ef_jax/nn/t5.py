@@ -67,8 +67,8 @@ class Attention(nnx.Module):
         self,
         normed: Float[Array, "B T d"],
         seen: Float[Array, "B C H two_hd"],
-        bias: Float[Array, "B|1 H T C"],
-        visible: Bool[Array, "B|1 T C"],
+        bias: Float[Array, "#B H T C"],
+        visible: Bool[Array, "#B T C"],
     ) -> Float[Array, "B T d"]:
         """What `normed` reads from the keys and values `seen`, where `visible`."""
         keys, values = jnp.split(seen, 2, axis=-1)
@@ -102,7 +102,7 @@ class PositionBias(nnx.Module):
     def __init__(self, kinds: int, heads: int):
         self.weight = nnx.Param(jnp.zeros((kinds, heads)))
 
-    def __call__(self, kinds: Int[Array, "B|1 T C"]) -> Float[Array, "B|1 H T C"]:
+    def __call__(self, kinds: Int[Array, "#B T C"]) -> Float[Array, "#B H T C"]:
         return self.weight[...][kinds].transpose(0, 3, 1, 2)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Int32, UInt8
 
 from ef_jax.errors import InputError
-from ef_jax.nn.routing_path import PathState, RoutingPath, RoutingPathSpec, decode, encode, state_shapes
+from ef_jax.nn.routing_path import PathState, RoutingPath, RoutingPathSpec, decode, empty_state, encode
 from ef_jax.predict.log_odds import to_bins
 from ef_jax.replay.trace import PROMPT, RoutingTrace
 
@@ -50,8 +50,7 @@ def offline_path_bins(
 
     @jax.jit
     def begin(leaves: nnx.State, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
-        shapes = state_shapes(spec, rows=_ROWS, context=spec.window)
-        empty = PathState(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
+        empty = empty_state(spec, rows=_ROWS, context=spec.window)
         return empty._replace(prompts=encode(nnx.merge(graph, leaves), prompts, lengths), lengths=lengths)
 
     @jax.jit

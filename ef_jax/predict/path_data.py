@@ -123,7 +123,7 @@ class PathExamples:
                 cut.append(Stretch(trace, max(first, begin - told), begin, end))
                 begin = end
         if random is not None:
-            random.shuffle(cut)  # type: ignore[arg-type]  # a list is shuffled in place
+            random.shuffle(cut)
         return cut
 
     def batches(self, stretches: Sequence[Stretch], *, rows: int, most: int, prompt: int) -> Iterator[PathBatch]:

@@ -14,12 +14,12 @@ _ROWS = 2048
 
 
 class Candidates(NamedTuple):
-    """Of `count` candidates a layer and token: recall and precision by layer.
+    """Of `number` candidates a layer and token: recall and precision by layer.
 
     Recall is the share of the experts used that are candidates, precision the share of the candidates that are used.
     """
 
-    count: int
+    number: int
     recall: Float64[np.ndarray, " L"]
     precision: Float64[np.ndarray, " L"]
 
@@ -30,13 +30,13 @@ class Reliability(NamedTuple):
     Attributes:
       predicted: mean probability that the bins of each group stand for; NaN where there are none.
       used: share that was used; likewise.
-      count: predictions in each group.
-      error: expected calibration error: the mean distance of the two, weighted by `count`.
+      predictions: how many in each group.
+      error: expected calibration error: the mean distance of the two, weighted by `predictions`.
     """
 
     predicted: Float64[np.ndarray, " G"]
     used: Float64[np.ndarray, " G"]
-    count: Int64[np.ndarray, " G"]
+    predictions: Int64[np.ndarray, " G"]
     error: float
 
 
@@ -100,4 +100,4 @@ def _union(ids: np.ndarray, experts: int) -> np.ndarray:
     """Which experts any token of each batch has: bool `[S, L, E]` of ids `[S, B, L, n]`."""
     found = np.zeros((*ids.shape[:3], experts), bool)
     np.put_along_axis(found, ids.astype(np.intp), True, axis=3)
-    return found.any(axis=1)
+    return np.logical_or.reduce(found, axis=1)

@@ -167,10 +167,8 @@ def train_path(
         parts = examples.batches(looked_at, rows=_EVALUATION_ROWS, most=_EVALUATION_TOKENS, prompt=spec.most_prompt)
         sums = [measure(leaves, batch) for batch in parts]
         count = sum(end - begin for _, _, begin, end in looked_at)
-        return PathLook(
-            sum(float(part) for part, _ in sums) / count,
-            (sum(np.asarray(recall, np.float64) for _, recall in sums) / count).astype(np.float32),
-        )
+        recall = np.sum([np.asarray(part, np.float64) for _, part in sums], axis=0) / count
+        return PathLook(sum(float(part) for part, _ in sums) / count, recall.astype(np.float32))
 
     began = time.perf_counter()
     progress = _Progress(leaves, jax.tree.map(jnp.copy, leaves), optimizer.init(leaves), look(leaves), 0, 0)
