@@ -51,6 +51,14 @@ def test_a_stop_string_ends_it_also_where_it_straddles_tokens(tokenizer: Tokeniz
     assert output.generation().text == TEXT[: TEXT.index("jumps")]
 
 
+def test_a_character_that_is_cut_off_reads_as_in_the_full_decoding(tokenizer: Tokenizer):
+    ids = [int(token) for token in tokenizer.encode("so it is 🦄")[1:]]
+    output = fed(tokenizer, ids[:-1], limit=len(ids) - 1)
+    assert output.finish_reason == "length"
+    assert output.generation().text == tokenizer.decode(ids[:-1])
+    assert output.generation().text.endswith("\ufffd")
+
+
 @pytest.mark.parametrize("reason", ["timeout", "cancelled"])
 def test_closing_gives_out_what_was_held_back(tokenizer: Tokenizer, reason):
     ids = ids_of(tokenizer)

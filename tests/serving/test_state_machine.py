@@ -17,9 +17,8 @@ METHODS = ("prepare", "join", "prompt_pass", "step", "leave")
 
 
 def fault(kind: str) -> Exception:
-    if kind == "link":
-        return LinkError("expert 1 cannot be copied to the device: made to fail")
-    return MemoryError("out of memory") if kind == "memory" else RuntimeError("a defect")
+    error = {"link": LinkError, "memory": MemoryError, "defect": RuntimeError}[kind]
+    return error("made to fail")
 
 
 class World:
@@ -61,7 +60,7 @@ class World:
                 assert is_right(request)
             if request.ended:
                 assert request.row is None
-                assert request.error or request.output.finish_reason
+                assert str(request.error) == "made to fail" if request.error else request.output.finish_reason
                 ending = (request.error, request.output.finish_reason, tuple(request.output.tokens))
                 assert self.endings.setdefault(request, ending) == ending
 

@@ -122,6 +122,25 @@ def test_submissions_are_awaited_together():
     assert served.is_over()
 
 
+def test_an_end_between_looking_and_listening_is_heard(monkeypatch: pytest.MonkeyPatch):
+    served = Served()
+    submission = served.long()
+    request = submission._request
+    listen = request.listen
+
+    def listen_late(listener: Callable[[], None]) -> None:
+        submission.cancel()
+        request.wait(30)
+        listen(listener)
+
+    monkeypatch.setattr(request, "listen", listen_late)
+
+    async def wait() -> str:
+        return (await asyncio.wait_for(submission, 30)).finish_reason
+
+    assert asyncio.run(wait()) == "cancelled"
+
+
 def test_text_comes_piece_by_piece_to_everybody_who_asks(tokenizer: Tokenizer):
     served = Served()
 
