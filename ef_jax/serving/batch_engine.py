@@ -13,6 +13,7 @@ from ef_jax.errors import LinkError
 from ef_jax.generation import FinishReason
 from ef_jax.serving.request import Request
 from ef_jax.serving.rounds import Rounds
+from ef_jax.serving.seats import Seats
 from ef_jax.serving.stepper import Stepper
 from ef_jax.serving.turnstile import Turnstile
 
@@ -43,23 +44,22 @@ class BatchEngine:
         self._stepper = stepper
         self._regroup = regroup
         self._turnstile = Turnstile()
-        # Deques, which need no lock: a generator that is collected cancels its request wherever that happens.
-        self._arrived: deque[Request] = deque()
+        self._seats = Seats(stepper)
+        # Needs no lock: a generator that is collected cancels its request wherever that happens.
         self._cancelled: deque[Request] = deque()
-        self._waiting: deque[Request] = deque()
-        self._seated: dict[int, Request] = {}
         self._rounds = Rounds(stepper.batch, self._groups)
         self._lost = False
         self._rests = True
+        self._visitors = 0
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._seated or self._waiting or self._arrived)
+        return self._seats.empty
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; they move on as turns are taken."""
-        self._arrived.extend(requests)
+        self._seats.add(requests)
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End requests that have not ended: now, or after the turn that another thread is in."""
@@ -88,6 +88,31 @@ class BatchEngine:
         finally:
             self._settle()
 
+    @contextlib.contextmanager
+    def visit(self) -> Iterator[int]:
+        """Hold turns off for a `with` block that uses the stepper itself, with a row that is free.
+
+        Takes turns until one is; no request that waits gets it before. An error of the block is the caller's; unless
+        it is a `LinkError`, it also ends all that hold a row.
+        """
+        self._visitors += 1
+        try:
+            with self._turnstile.enter():
+                while self._lost or not (free := self._seats.free):
+                    self._guard(self._turn)
+                self._rests = False
+                try:
+                    yield free[-1]
+                except BaseException as error:
+                    if not isinstance(error, LinkError):
+                        self._fail(error if isinstance(error, Exception) else _interrupted())
+                    raise
+                finally:
+                    self._guard(lambda: None)
+        finally:
+            self._visitors -= 1
+            self._settle()
+
     def _settle(self) -> None:
         """End cancelled requests, unless another turn is on: its thread comes here after it."""
         while self._cancelled:
@@ -107,26 +132,19 @@ class BatchEngine:
             if not self._fail(error):
                 raise
         except BaseException:
-            self._fail(RuntimeError("a call that ran together with this request was interrupted, and its caches lost"))
+            self._fail(_interrupted())
             raise
 
     def _fail(self, error: Exception) -> bool:
         """All seated requests end by `error`; whether any did."""
         self._lost = True
-        ended = list(self._seated.values())
-        self._seated.clear()
-        for request in ended:
-            request.row = None
-            request.end(error)
+        ended = self._seats.end_seated(error)
         try:
             self._recover()
             self._rest_if_idle()
         except Exception as worse:
-            self._receive()
-            ended += self._waiting
-            while self._waiting:
-                self._waiting.popleft().end(worse)
-        return bool(ended)
+            ended += self._seats.end_waiting(worse)
+        return ended > 0
 
     def _recover(self) -> None:
         self._stepper.recover()
@@ -138,56 +156,32 @@ class BatchEngine:
             self._stepper.rest()
 
     def _turn(self) -> None:
-        self._receive()
+        seats = self._seats
+        seats.receive()
         self._end_late()
-        self._prepare()
-        self._seat()
+        seats.prepare()
+        self._rests = self._rests and not seats.waiting
+        seats.seat(spare=self._visitors)
         self._prompt_pass()
         self._step()
 
-    def _receive(self) -> None:
-        while self._arrived:
-            self._waiting.append(self._arrived.popleft())
-
     def _end_cancelled(self) -> None:
-        self._receive()
+        self._seats.receive()
         while self._cancelled:
             request = self._cancelled.popleft()
             # A call may be interrupted before it has queued all of its requests.
-            if request.row is not None or request in self._waiting:
+            if request.row is not None or request in self._seats.waiting:
                 self._close(request, "cancelled")
 
     def _end_late(self) -> None:
         now = self.clock()
-        for request in [*self._waiting, *self._seated.values()]:
+        for request in [*self._seats.waiting, *self._seats.taken.values()]:
             if request.deadline is not None and now >= request.deadline:
                 self._close(request, "timeout")
 
-    def _prepare(self) -> None:
-        """Compile for requests before anything of theirs runs; one that cannot be compiled for ends alone."""
-        for request in [request for request in self._waiting if not request.cuts]:
-            length = len(request.prompt)
-            try:
-                self._stepper.prepare(length, request.until)
-            except Exception as error:
-                self._waiting.remove(request)
-                request.end(error)
-            else:
-                request.cuts = list(self._stepper.cuts(length))
-
-    def _seat(self) -> None:
-        """Waiting requests take free rows."""
-        free = [row for row in range(self._stepper.rows) if row not in self._seated] if self._waiting else []
-        for row in free[: len(self._waiting)]:
-            request = self._waiting.popleft()
-            request.row = row
-            self._seated[row] = request
-            self._rests = False
-            self._stepper.join(row, request.prompt, request.options, request.draw)
-
     def _prompt_pass(self) -> None:
         """The next chunk of the prompt that has waited longest, and of others that are as wide."""
-        filling = [request for request in self._seated.values() if request.cuts]
+        filling = self._seats.filling
         if not filling:
             return
         width = filling[0].cuts[0][1]
@@ -203,7 +197,7 @@ class BatchEngine:
 
     def _step(self) -> None:
         """One token more of a group of those that decode."""
-        decoding = [request for request in self._seated.values() if not request.cuts]
+        decoding = self._seats.decoding
         if not decoding:
             return
         group = sorted(self._rounds.next(decoding), key=_row)
@@ -229,7 +223,7 @@ class BatchEngine:
             return run()
         except LinkError as error:
             for request in part:
-                self._end(request, error)
+                self._seats.end(request, error)
             return None
 
     def _take(self, request: Request, token: int, logprob: float) -> None:
@@ -237,26 +231,21 @@ class BatchEngine:
         try:
             request.output.push(token, logprob)
         except Exception as error:
-            self._end(request, error)
+            self._seats.end(request, error)
             return
         if request.output.finish_reason is None:
             request.tell()
         else:
-            self._end(request)
+            self._seats.end(request)
 
     def _close(self, request: Request, reason: FinishReason) -> None:
         """End a request before its time."""
         request.output.close(reason)
-        self._end(request)
+        self._seats.end(request)
 
-    def _end(self, request: Request, error: Exception | None = None) -> None:
-        if request.row is None:
-            self._waiting.remove(request)
-        else:
-            self._stepper.leave(request.row)
-            del self._seated[request.row]
-            request.row = None
-        request.end(error)
+
+def _interrupted() -> RuntimeError:
+    return RuntimeError("a call that ran together with this request was interrupted, and its caches lost")
 
 
 def _row(request: Request) -> int:

@@ -28,7 +28,7 @@ def odd_and_even(paths: np.ndarray, size: int) -> list[list[int]]:
 
 
 def left_nothing(engine: BatchEngine, stepper: FakeStepper) -> bool:
-    return engine.idle and not stepper.held and not engine._seated and not engine._waiting and not engine._cancelled
+    return engine.idle and not stepper.held and not engine._cancelled
 
 
 def test_serving_needs_no_jax():
@@ -316,3 +316,53 @@ def test_no_pass_is_run_for_who_needs_none_and_turns_can_be_held_off():
         engine.cancel([request])
         assert not request.ended
     assert request.ended
+
+
+def test_a_visitor_gets_a_row_before_those_that_wait():
+    stepper = FakeStepper(2, 2)
+    engine = BatchEngine(stepper)
+    with engine.visit() as row:
+        assert row in (0, 1)
+    requests = many(6, limit=6)
+    engine.submit(requests)
+    engine.turn()
+    with engine.visit() as row:
+        assert row not in stepper.held
+        assert not all(request.ended for request in requests)
+        assert [request.row is None and not request.ended for request in requests].count(True) == 4
+    drain(engine, requests)
+    assert all(is_right(request) and request.error is None for request in requests)
+    assert left_nothing(engine, stepper)
+    assert stepper.rests == 2
+
+
+@pytest.mark.parametrize("error", [LinkError, Broken, KeyboardInterrupt])
+def test_a_visitor_that_fails_ends_the_others_unless_by_a_link_error(error):
+    stepper = FakeStepper(2, 2)
+    engine = BatchEngine(stepper)
+    request, waiting = many(2, ignore_eos=True)
+    engine.submit([request])
+    engine.turn()
+    engine.submit([waiting])
+    with pytest.raises(error, match="made to fail"), engine.visit():
+        raise error("made to fail")
+    assert request.ended == (error is not LinkError)
+    drain(engine, [request, waiting])
+    assert is_right(waiting)
+    assert waiting.error is None
+    assert left_nothing(engine, stepper)
+
+
+def test_a_visitor_waits_for_recovery():
+    stepper = FakeStepper(1, 1)
+    engine = BatchEngine(stepper)
+    requests = many(1)
+    engine.submit(requests)
+    stepper.fail("join", Broken("first"))
+    stepper.fail("recover", Broken("worse"), Broken("still"))
+    engine.turn()
+    with pytest.raises(Broken, match="still"), engine.visit():
+        pass
+    with engine.visit() as row:
+        assert (row, stepper.lost) == (0, False)
+    assert left_nothing(engine, stepper)

@@ -51,7 +51,7 @@ class World:
         self.engine.submit([request])
 
     def check(self) -> None:
-        held = self.engine._seated
+        held = self.engine._seats.taken
         assert self.stepper.held.keys() == held.keys()
         assert all(request.row == row and not request.ended for row, request in held.items())
         for request in self.requests:
