@@ -50,7 +50,6 @@ class BatchEngine:
         self._rounds = Rounds(stepper.batch, self._groups)
         self._lost = False
         self._rests = True
-        self._visitors = 0
 
     @property
     def idle(self) -> bool:
@@ -95,11 +94,10 @@ class BatchEngine:
         Takes turns until one is; no request that waits gets it before. An error of the block is the caller's; unless
         it is a `LinkError`, it also ends all that hold a row.
         """
-        self._visitors += 1
         try:
             with self._turnstile.enter():
                 while self._lost or not (free := self._seats.free):
-                    self._guard(self._turn)
+                    self._guard(lambda: self._turn(spare=1))
                 self._rests = False
                 try:
                     yield free[-1]
@@ -110,7 +108,6 @@ class BatchEngine:
                 finally:
                     self._guard(lambda: None)
         finally:
-            self._visitors -= 1
             self._settle()
 
     def _settle(self) -> None:
@@ -155,13 +152,14 @@ class BatchEngine:
             self._rests = True
             self._stepper.rest()
 
-    def _turn(self) -> None:
+    def _turn(self, spare: int = 0) -> None:
+        """A turn that leaves `spare` free rows free."""
         seats = self._seats
-        seats.receive()
+        self._end_cancelled()
         self._end_late()
         seats.prepare()
         self._rests = self._rests and not seats.waiting
-        seats.seat(spare=self._visitors)
+        seats.seat(spare)
         self._prompt_pass()
         self._step()
 
