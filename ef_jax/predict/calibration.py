@@ -1,15 +1,17 @@
 """What scores are worth: how often experts were used whose score fell into a bin, learned as the steps go by."""
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float32, Float64, UInt8, UInt16
 
 from ef_jax.predict.log_odds import BINS, NOMINAL
 
-LEVELS = 4
-"""Kinds of experts of a layer that are told apart besides their bins."""
+_LEVEL_ODDS = np.exp([-2, -1, -1 / 3, 1 / 3, 1, 2, 3.5]).astype(np.float32)
+
+LEVELS = len(_LEVEL_ODDS) + 1
+"""Kinds of experts of a layer that are told apart besides their bins, see `levels`."""
 
 USED, LEVEL_SHIFT = 32, 6
-"""Marks of an expert: this bit where it was used, and its level (0 to 3) shifted left by that many bits."""
+"""Marks of an expert: this bit where it was used, and its level shifted left by that many bits."""
 
 _WIDTH = 3  # bits of a bin that are not told apart: 8 bins are half a unit of log-odds
 _GROUPS = BINS >> _WIDTH
@@ -19,9 +21,10 @@ _SHIFT = np.array(_WIDTH, np.uint8)
 class Calibration:
     """Probabilities of use by target layer, distance, level and bin, rising with the bin.
 
-    They begin at what the bins stand for. They follow the uses of all layers together first, and those of each layer as
-    it gathers data of its own. What is known of all layers counts as `PRIOR` experts of a layer seen in each group of 8
-    bins, and so does at each distance what is known of the one before.
+    What a bin is worth depends on what else is known of the expert, which is its level. Probabilities begin at what the
+    bins stand for. They follow the uses of all layers together first, and those of each layer as it gathers data of its
+    own. What is known of all layers counts as `PRIOR` experts of a layer seen in each group of 8 bins, and so does at
+    each distance what is known of the one before.
 
     Scores that say nothing, or the opposite of what happens, end up at the base rate: frequencies that fall where they
     should rise are averaged (isotonic regression; Barlow, Bartholomew, Bremner and Brunk, "Statistical inference under
@@ -33,7 +36,7 @@ class Calibration:
       half_life: observations of a layer and distance after which one counts half.
 
     Attributes:
-      tables: float32 `[L, H, 4, 256]`, the probabilities.
+      tables: float32 `[L, H, 8, 256]`, the probabilities.
     """
 
     PRIOR = 4.0
@@ -47,7 +50,7 @@ class Calibration:
         self.tables = np.empty((layers, distances, LEVELS, BINS), np.float32)
         self.tables[:] = NOMINAL
 
-    def observe(self, layer: int, distance: int, bins: UInt8[np.ndarray, "E"], marks: UInt8[np.ndarray, "E"]) -> None:
+    def observe(self, layer: int, distance: int, bins: UInt8[np.ndarray, "E"], marks: UInt16[np.ndarray, "E"]) -> None:
         """Take note of a layer's uses, to be heeded from the next `learn` on.
 
         Args:
@@ -79,6 +82,21 @@ class Calibration:
                 self._of_all[distance] = prior
         groups = prior.transpose(2, 1, 0)
         self.tables[:, distance - 1] = groups[..., _BELOW] * (1 - _PART) + groups[..., _ABOVE] * _PART
+
+
+def levels(probabilities: Float32[np.ndarray, "L E"], usual: float) -> UInt16[np.ndarray, "L E"]:
+    """Eight levels of what is known of each expert, by its odds over those of an expert of its layer in general.
+
+    The general probability is the layer's mean, but not below `usual`. On the bundled model, where paths are what is
+    known and pre-gate scores are calibrated, four levels have 2 to 7 % more cross-entropy, and twelve at most 1 % less.
+    """
+    general = np.maximum(probabilities.mean(axis=1, keepdims=True), np.float32(usual))
+    odds = general / np.maximum(1 - general, np.float32(1e-6))
+    level = np.zeros(probabilities.shape, np.uint16)
+    for ratio in _LEVEL_ODDS:
+        least = odds * ratio
+        level += probabilities > least / (1 + least)
+    return level
 
 
 def isotonic(

@@ -30,7 +30,7 @@ def test_columns_do_not_mix():
 
 
 def observe(calibration: Calibration, layer: int, log_odds: np.ndarray, used: np.ndarray, level: int = 0) -> None:
-    marks = (used * USED | level << LEVEL_SHIFT).astype(np.uint8)
+    marks = (used * USED | level << LEVEL_SHIFT).astype(np.uint16)
     calibration.observe(layer, 1, to_bins(log_odds, np), marks)
 
 
