@@ -131,7 +131,7 @@ class RoutingPath(nnx.Module):
         self.norm = Norm(spec.d_model)
         self.head = matrix(outputs, spec.d_model, rngs)
         base = math.log((spec.top_k + 0.5) / (spec.experts - spec.top_k + 0.5))
-        self.head_bias = nnx.Param(jnp.full((outputs,), base))
+        self.head_bias = nnx.Param(jnp.full((outputs,), base, jnp.float32))
 
     def __call__(
         self,

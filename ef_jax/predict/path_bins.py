@@ -1,6 +1,6 @@
 """What a routing path would have predicted in a recorded run, for replays."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ef_jax.nn.routing_path import PathState, RoutingPath, RoutingPathSpec, deco
 from ef_jax.predict.log_odds import to_bins
 from ef_jax.replay.trace import PROMPT, RoutingTrace
 
+Leaves = Any  # an nnx.State, whose own annotations are no longer good ones
 _ROWS = 32
 _STEPS = 64
 
@@ -49,13 +50,13 @@ def offline_path_bins(
     graph, leaves = nnx.split(path)
 
     @jax.jit
-    def begin(leaves: nnx.State, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
+    def begin(leaves: Leaves, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
         empty = empty_state(spec, rows=_ROWS, context=spec.window)
         return empty._replace(prompts=encode(nnx.merge(graph, leaves), prompts, lengths), lengths=lengths)
 
     @jax.jit
     def follow(
-        leaves: nnx.State, state: PathState, tokens: Int32[Array, "S R"]
+        leaves: Leaves, state: PathState, tokens: Int32[Array, "S R"]
     ) -> tuple[PathState, UInt8[Array, "S R L E"]]:
         merged = nnx.merge(graph, leaves)
 
@@ -89,8 +90,8 @@ def offline_path_bins(
 def _streams(trace: RoutingTrace, spec: RoutingPathSpec, prompt: int | None) -> list[_Stream]:
     streams = []
     for first, last in zip(trace.offsets[:-1].tolist(), trace.offsets[1:].tolist(), strict=True):
-        said = int((trace.phases[first:last] == PROMPT).sum()) if prompt is None else prompt
-        cut = first + min(said, last - first - 1)
+        decoded = np.flatnonzero(trace.phases[first:last] != PROMPT) if prompt is None else [prompt]
+        cut = first + min(int(decoded[0]) if len(decoded) else last - first, last - first - 1)
         if cut > first:
             streams.append(_Stream(first, first, cut))
         streams.append(_Stream(max(first, cut - spec.most_prompt), cut, last))

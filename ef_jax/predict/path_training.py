@@ -111,6 +111,8 @@ class PathTraining:
 
 
 Report = Callable[[int, int, PathLook], None]
+Leaves = list[Any]  # arrays, or their shapes
+Merge = Callable[[Leaves], RoutingPath]
 
 
 def train_path(
@@ -146,24 +148,35 @@ def train_path(
         raise InputError(f"{tokens} tokens to learn from are too few: record at least {LEAST_TOKENS}, better 100,000")
     batches = _Batches(spec, examples, learned, options)
     steps = options.steps or batches.steps()
-    graph, leaves = nnx.split(RoutingPath(spec, rngs=nnx.Rngs(options.seed)))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: RoutingPath(spec, rngs=nnx.Rngs(0))))
+    structure = jax.tree.structure(shapes)
+
+    def merged(leaves: Leaves) -> RoutingPath:
+        path: RoutingPath = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+        return path
+
     peak = options.learning_rate
     rates = optax.warmup_cosine_decay_schedule(0.1 * peak, peak, min(50, steps // 4), steps + 1, 0.02 * peak)
-    matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, leaves)
+    matrices = [leaf.ndim > 1 for leaf in jax.tree.leaves(shapes)]
     decayed = optax.adamw(rates, b2=0.99, weight_decay=options.weight_decay, mask=matrices)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), decayed)
     compute = options.compute or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    loss = functools.partial(_loss, graph, jnp.dtype(compute), options)
-    measure = jax.jit(functools.partial(_measure, graph))
+    loss = functools.partial(_loss, merged, jnp.dtype(compute), options)
+    measure = jax.jit(functools.partial(_measure, merged))
+
+    @jax.jit
+    def start() -> tuple[Leaves, Any]:
+        leaves = jax.tree.leaves(nnx.state(RoutingPath(spec, rngs=nnx.Rngs(_key(options.seed)))))
+        return leaves, optimizer.init(leaves)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(leaves: nnx.State, memory: Any, batch: PathBatch, key: PRNGKeyArray) -> tuple[nnx.State, Any]:
+    def step(leaves: Leaves, memory: Any, batch: PathBatch, key: PRNGKeyArray) -> tuple[Leaves, Any]:
         changes, memory = optimizer.update(jax.grad(loss)(leaves, batch, key), memory, leaves)
         return optax.apply_updates(leaves, changes), memory
 
     looked_at = examples.stretches(held, most=_EVALUATION_TOKENS, prompt=spec.most_prompt)[:_EVALUATED_STRETCHES]
 
-    def look(leaves: nnx.State) -> PathLook:
+    def look(leaves: Leaves) -> PathLook:
         parts = examples.batches(looked_at, rows=_EVALUATION_ROWS, most=_EVALUATION_TOKENS, prompt=spec.most_prompt)
         sums = [measure(leaves, batch) for batch in parts]
         count = sum(end - begin for _, _, begin, end in looked_at)
@@ -171,13 +184,15 @@ def train_path(
         return PathLook(sum(float(part) for part, _ in sums) / count, recall.astype(np.float32))
 
     began = time.perf_counter()
-    progress = _Progress(leaves, jax.tree.map(jnp.copy, leaves), optimizer.init(leaves), look(leaves), 0, 0)
-    identity = _identity(spec, examples, options)
+    identity = f"{spec} {options} {examples.checksum()}"  # of trainings that go the same way
     if resume and checkpoint is not None:
-        progress = _resume(checkpoint, progress, identity)
-    leaves, kept, memory, best, waited, done = progress
+        abstract = jax.eval_shape(start)
+        leaves, kept, memory, best, waited, done = _resume(checkpoint, (abstract[0], *abstract), identity)
+    else:
+        leaves, memory = start()
+        kept, best, waited, done = jax.device_get(leaves), look(leaves), 0, 0
     seen = best
-    key = jax.random.key(options.seed)
+    key = _key(options.seed)
     every = max(1, steps // options.evaluations)
     while done < steps and waited < options.patience:
         batch = batches.at(done)
@@ -187,12 +202,12 @@ def train_path(
             seen = look(leaves)
             waited += 1
             if seen.loss < best.loss:
-                best, waited, kept = seen, 0, jax.tree.map(jnp.copy, leaves)
+                best, waited, kept = seen, 0, jax.device_get(leaves)
             if checkpoint is not None:
                 head = {"identity": identity, "loss": best.loss, "recall": best.recall.tolist()}
                 save_checkpoint(checkpoint, (leaves, kept, memory), head | {"waited": waited, "done": done})
         report(done, steps, seen)
-    return nnx.merge(graph, kept), PathTraining(
+    return merged(jax.device_put(kept)), PathTraining(
         tokens=tokens,
         held_out_tokens=examples.count - tokens,
         steps=done,
@@ -205,8 +220,8 @@ def train_path(
 class _Progress(NamedTuple):
     """Where a training stands."""
 
-    leaves: nnx.State
-    kept: nnx.State
+    leaves: Leaves
+    kept: Leaves
     memory: Any
     best: PathLook
     waited: int
@@ -252,10 +267,10 @@ class _Batches:
         )
 
 
-def _resume(checkpoint: Path, fresh: _Progress, identity: str) -> _Progress:
+def _resume(checkpoint: Path, shapes: tuple[Leaves, Leaves, Any], identity: str) -> _Progress:
     if not checkpoint.is_file():
         raise InputError(f"there is no checkpoint {str(checkpoint)!r:.200} to resume from: train without --resume")
-    (leaves, kept, memory), head = load_checkpoint(checkpoint, fresh[:3])
+    (leaves, kept, memory), head = load_checkpoint(checkpoint, shapes)
     if head.get("identity") != identity:
         raise InputError(
             f"checkpoint {str(checkpoint)!r:.200} is of other traces or options: give those, or train without --resume"
@@ -264,16 +279,16 @@ def _resume(checkpoint: Path, fresh: _Progress, identity: str) -> _Progress:
     return _Progress(leaves, kept, memory, best, int(head["waited"]), int(head["done"]))
 
 
-def _identity(spec: RoutingPathSpec, examples: PathExamples, options: PathTrainingOptions) -> str:
-    """Equal for trainings that would go the same way."""
-    return f"{spec} {options} {examples.checksum()}"
+def _key(seed: int) -> PRNGKeyArray:
+    """Of a generator that takes a CPU less time to compile and run than the rest of a step."""
+    return jax.random.key(seed, impl="unsafe_rbg")
 
 
 def _loss(
-    graph: Any, compute: jnp.dtype, options: PathTrainingOptions, leaves: nnx.State, batch: PathBatch, key: PRNGKeyArray
+    merged: Merge, compute: jnp.dtype, options: PathTrainingOptions, leaves: Leaves, batch: PathBatch, key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """Mean binary cross-entropy an expert, under dropout."""
-    path = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(compute), leaves))
+    path = merged([leaf.astype(compute) for leaf in leaves])
     word_key, key = jax.random.split(key)
     calls = itertools.count()
 
@@ -287,9 +302,9 @@ def _loss(
     return (_cross_entropy(odds, _used(batch, odds)) * batch.counted).sum() / batch.counted.sum()
 
 
-def _measure(graph: Any, leaves: nnx.State, batch: PathBatch) -> tuple[Float[Array, ""], Float[Array, " L"]]:
+def _measure(merged: Merge, leaves: Leaves, batch: PathBatch) -> tuple[Float[Array, ""], Float[Array, " L"]]:
     """Cross-entropy, and recall at K by layer, summed over tokens."""
-    odds = nnx.merge(graph, leaves)(batch.prompts, batch.lengths, batch.tokens)
+    odds = merged(leaves)(batch.prompts, batch.lengths, batch.tokens)
     used = _used(batch, odds)
     recall = recall_at_k(odds, used, batch.experts.shape[3]) * batch.counted[..., None]
     return (_cross_entropy(odds, used) * batch.counted).sum(), recall.sum(axis=(0, 1))

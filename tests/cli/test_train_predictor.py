@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ef_jax.cli import main
+from ef_jax.errors import InputError
 from ef_jax.predict.fingerprint import model_fingerprint
-from ef_jax.predict.predictor_file import load_predictor
+from ef_jax.predict.predictor_file import load_predictor, load_routing_path
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.weights import open_checkpoint
 from tests.predict.learnable import learnable
@@ -52,6 +53,26 @@ def test_a_predictor_is_trained_and_saved(
     assert "trained on 450 tokens in 3 steps" in lines[3]
 
 
+def test_a_routing_path_needs_no_scores(
+    trace: RoutingTrace, small_moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataclasses.replace(trace, pregate=None).save(tmp_path / "t.npz")
+    words = ["-", str(tmp_path / "t.npz"), "-o", str(tmp_path / "P"), "--kind", "routing_path", "--width", "4"]
+    assert main(["train-predictor", *words, "--steps", "2", "--json"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["steps"], report["width"]) == ("routing_path", 2, 4)
+    assert len(report["recall"]) == 8
+    with open_checkpoint(small_moe) as checkpoint:
+        fingerprint = model_fingerprint(checkpoint.spec, checkpoint.dense())
+        path, manifest = load_routing_path(tmp_path / "P", checkpoint.spec, fingerprint)
+        with pytest.raises(InputError, match="is a routing path, and here a correction of pre-gate scores is asked"):
+            load_predictor(tmp_path / "P", checkpoint.spec, fingerprint)
+    assert (path.spec.d_model, path.spec.d_ff) == (4, 16)
+    assert manifest.training["loss"] == report["loss"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["P", "t.npz"]
+    assert "there is no checkpoint" in error([*words, "--overwrite", "--resume"], capsys)
+
+
 def test_bad_input_is_one_line(trace: RoutingTrace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trace.pregate is not None
     variants = {
@@ -79,6 +100,9 @@ def test_bad_input_is_one_line(trace: RoutingTrace, tmp_path: Path, capsys: pyte
         (["-", files["good"], "-o", str(tmp_path / "no" / "P")], "there is no directory"),
         (["-", files["good"], *out, "--steps", "0"], "expected a whole number from 1"),
         (["-", files["good"], *out, "--epochs", "-1"], "expected a number above 0"),
+        (["-", files["good"], *out, "--resume"], "--resume is for --kind routing_path"),
+        (["-", files["good"], *out, "--kind", "routing_path", "--width", "6"], "--width must be a multiple of 4"),
+        (["-", files["good"], *out, "--kind", "else"], "invalid choice: 'else'"),
         (["-", files["good"], *out, "--epochs", "1", "--steps", "1"], "not allowed with argument"),
     ):
         assert message in error(words, capsys)

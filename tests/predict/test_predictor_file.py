@@ -13,8 +13,9 @@ from flax import nnx
 
 from ef_jax.errors import InputError
 from ef_jax.nn.correction import Correction, CorrectionSpec
+from ef_jax.nn.routing_path import RoutingPath, RoutingPathSpec
 from ef_jax.predict.fingerprint import model_fingerprint
-from ef_jax.predict.predictor_file import load_predictor, save_predictor
+from ef_jax.predict.predictor_file import load_predictor, load_routing_path, read_predictor_kind, save_predictor
 from ef_jax.weights.model_config import read_model_config
 
 WHAT: dict[str, Any] = {"fingerprint": "f" * 32, "model": "some", "training": {"steps": 3}}
@@ -52,6 +53,20 @@ def test_what_is_saved_comes_back(correction: Correction, saved: Path, model: An
     assert [path.name for path in saved.parent.iterdir()] == ["P"]
 
 
+def test_a_routing_path_comes_back(model: Any, saved: Path, tmp_path: Path) -> None:
+    spec = RoutingPathSpec(layers=8, experts=32, top_k=4, vocab=4096, d_model=4, heads=2, encoder_layers=2)
+    path = RoutingPath(spec, rngs=nnx.Rngs(3))
+    save_predictor(tmp_path / "R", path, **WHAT)
+    loaded, manifest = load_routing_path(tmp_path / "R", model, WHAT["fingerprint"])
+    assert loaded.spec == manifest.spec == spec
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(path))
+    assert [read_predictor_kind(place) for place in (saved, tmp_path / "R")] == ["correction", "routing_path"]
+    with pytest.raises(InputError, match="is a routing path, and here a correction of pre-gate scores is asked for"):
+        load_predictor(tmp_path / "R", model, WHAT["fingerprint"])
+    with pytest.raises(InputError, match="is a correction of pre-gate scores, and here a routing path is asked for"):
+        load_routing_path(saved, model, WHAT["fingerprint"])
+
+
 def test_another_model_is_refused(saved: Path, model: Any) -> None:
     for change, message in (
         ({"vocab": 5}, r"is for a model of 4096 tokens in its vocabulary \('some'\), this one has 5"),
@@ -76,6 +91,7 @@ def test_damage_is_told(copied: Path, model: Any) -> None:
 
     for change, message in (
         ({"format": "else"}, "is of something else"),
+        ({"kind": "else"}, "is of kind 'else', and known are correction, routing_path"),
         ({"version": 2}, "has version 2, and only 1 is known"),
         ({"spec": {}}, "manifest.json is damaged"),
         ({"spec": contents["spec"] | {"width": "4"}}, "width is no whole number"),
