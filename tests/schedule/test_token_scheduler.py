@@ -102,6 +102,16 @@ def test_many_layers_are_told_apart_by_some_of_them():
     assert union(paths, regroup(paths, 16)) < 0.9 * union(paths, in_order(32, 16))
 
 
+def test_more_rows_than_are_told_apart_at_a_time():
+    paths = routes(np.random.default_rng(1), rows=150, layers=4, experts=16, top_k=2, kinds=3)
+    groups = regroup(paths, 12)
+    assert sorted(itertools.chain(*groups)) == list(range(150))
+    assert [len(group) for group in groups].count(12) >= 10
+    assert len(groups) == 13
+    assert groups[:5] == regroup(paths[:60], 12)
+    assert union(paths, groups) < 0.9 * union(paths, in_order(150, 12))
+
+
 def test_bins_and_the_probabilities_that_they_stand_for_are_one():
     bins = np.random.default_rng(3).integers(60, 200, (12, 4, 16), np.uint8)
     assert regroup(bins, 4) == regroup(NOMINAL[bins], 4)
