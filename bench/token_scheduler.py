@@ -3,9 +3,9 @@
     python -m bench.token_scheduler TRACE [--fit 300] [--paths FILE] [--only unions optimum cost] [--save]
 
 TRACE is a file of `ef-jax trace`, or a plain npz. Rows are tokens of different sequences after the first `--fit`, drawn
-with a seed. Groupings go by predictions: bins `[N, L, E]` of the sequences after the first `--fit` (an npy file), or
-what tokens of an id used in the first `--fit`; or by the true routes. What counts is what groups then truly use, in sum
-over groups, as a share of what random groups use.
+with a seed. Groupings go by predictions: bins `[N, L, E]` for the trace (an npy file; `predict.path_bins` makes them),
+or what tokens of an id used in the first `--fit`; or by the true routes. What counts is what groups then truly use, in
+sum over groups, as a share of what random groups use.
 
 unions: groupings (`bench/_groupings.py`) by rows and group size, means over draws.
 optimum: the same for few rows, with the smallest union there is, found by trying all.
@@ -25,7 +25,7 @@ import numpy as np
 
 from bench import _report
 from bench._groupings import GROUPINGS, Grouping, best, shuffled, union
-from bench._token_table import table_bins
+from bench._path_baselines import bins_of, token_table
 from ef_jax.errors import InputError
 from ef_jax.predict.log_odds import NOMINAL
 from ef_jax.replay.trace import RoutingTrace
@@ -58,8 +58,8 @@ def main() -> int:
 
 
 def with_paths(trace: RoutingTrace, fit: int | None, paths: Path | None) -> tuple[RoutingTrace, np.ndarray]:
-    """The sequences after the first `fit` (None: five sixths), and bins `[N, L, E]` for them from a file, or by token
-    id from those before.
+    """The sequences after the first `fit` (None: five sixths), and bins `[N, L, E]` for them: from a file that has them
+    for the whole trace, or by token id from the sequences before.
 
     Raises:
       InputError: no sequences are left on one of the two sides, or the file does not fit.
@@ -67,12 +67,12 @@ def with_paths(trace: RoutingTrace, fit: int | None, paths: Path | None) -> tupl
     fit = trace.sequences * 5 // 6 if fit is None else fit
     counted = trace.select(fit)
     if paths is None:
-        return counted, table_bins(trace.select(0, fit), counted)
+        return counted, bins_of(token_table([trace.select(0, fit)], counted))
     bins = np.load(paths, mmap_mode="r", allow_pickle=False)
-    shape = (counted.count, trace.layers, trace.num_experts)
+    shape = (trace.count, trace.layers, trace.num_experts)
     if bins.dtype != np.uint8 or bins.shape != shape:
         raise InputError(f"{paths} holds {bins.dtype} of shape {bins.shape}, and uint8 of shape {shape} is needed")
-    return counted, bins
+    return counted, bins[-counted.count :]
 
 
 class _Draws:
