@@ -40,6 +40,7 @@ def simulate(
     predictor: str | Predictor = "none",
     prefetch: Prefetch = "off",
     candidates: str = "value",
+    most_wasted: float = 1.0,
     bins: np.ndarray | None = None,
     paths: np.ndarray | None = None,
     timeline: Timeline | None = None,
@@ -65,6 +66,7 @@ def simulate(
         "pregate" and the trace has scores.
       prefetch: as for `Scheduler`; anything but "off" needs a predictor and a link.
       candidates: as for `Scheduler`.
+      most_wasted: as for `Scheduler`.
       bins: uint8 `[N, L, H+1, E]`, what the pre-gate says at each row, see `PregateBins`; corrected scores, say. None:
         the trace's scores.
       paths: uint8 `[N, L, E]`, bins of what each row's token is predicted to use in all layers, for rows that are
@@ -99,6 +101,7 @@ def simulate(
         else make_predictor(predictor, parts, batch=batch, distances=said.distances if said is not None else 0),
         prefetch=prefetch,
         candidates=candidates,
+        most_wasted=most_wasted,
     )
     made = replay.residency.policy
     if fit and policy == "static" and isinstance(made, Static):
@@ -184,6 +187,7 @@ class Replay:
         predictor: Predictor | None = None,
         prefetch: Prefetch = "off",
         candidates: str = "value",
+        most_wasted: float = 1.0,
     ) -> None:
         if not 1 <= slots <= layers * experts:
             raise InputError(f"{slots} slots: give 1 to {layers * experts}, the number of experts")
@@ -221,6 +225,7 @@ class Replay:
             predictor=predictor,
             prefetch=prefetch,
             candidates=candidates,
+            most_wasted=most_wasted,
             trial=False,  # nothing but the link takes time
             now=lambda: self._clock.now,
         )

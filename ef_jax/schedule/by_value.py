@@ -16,7 +16,7 @@ _MOST = 64  # blocks a plan
 _PRICED_OUT = 0.25  # of the price: blocks of less value are not looked at, unless there is room for all others
 _SORTED = 24  # more candidates than can matter that are cheaper to sort than to leave out
 _BATCH = 32  # victims that are looked for at a time, at most
-_AGE = 8  # layers after which they are looked for anew
+_AGE = 8  # slots taken, or layers without any, after which they are looked for anew
 _MEMORY = 16  # layers of steps, or plans, that the measures reach back
 _LATE = 0.5  # of a block's time that a late one is waited for
 _RATE = 1 / 32  # at which frequencies of use follow the steps
@@ -64,12 +64,14 @@ class ByValue:
     Attributes:
       prices: see above, by layer.
       full: the last plan had no room left for a block of any value.
+      waste_price: what a copy that is never used costs besides, in blocks of stall; see `WasteBound`.
     """
 
     def __init__(self, residency: Residency, *, longest: int) -> None:
         layers, experts = residency.layers, residency.experts
         self._residency, self._longest = residency, longest
         self.full = False
+        self.waste_price = 0.0
         self.prices, self._plans = [0.5] * layers, [0] * layers
         self._cap = [0.5] * layers
         self._own = 0.5
@@ -247,22 +249,33 @@ class ByValue:
         slots = [-1] * len(keys)
         free = residency.free
         victims = self._cheapest(layer, needed, ahead, len(chosen) - free)
+        held: tuple[float, Key] | None = None
         for place in sorted(range(len(chosen)), key=lambda place: -chosen[place][0]):
-            victim = None
-            if free:
-                free -= 1
-            else:
-                cost, victim = next(victims, (1.0, None))
-                value, distance, _ = chosen[place]
-                target = keys[place][0]
-                kept = float(self._later[keys[place]]) * (self._own if distance == 1 else self._factor[target])
-                if victim is None or value + (1 - value) * kept - cost <= _LEAST:
+            cost, leaves = 0.0, None
+            if not free:
+                held = held or next(victims, None)
+                if held is None:
                     break
-            slots[place] = residency.displace(*keys[place], victim)
+                cost, leaves = held
+            if (not free or self.waste_price) and self._gain(keys[place], chosen[place]) - cost <= _LEAST:
+                if self.waste_price:
+                    continue  # one of less value may be surer
+                break
+            free, held = max(0, free - 1), None
+            slots[place] = residency.displace(*keys[place], leaves)
         if -1 in slots:
             keys = [key for key, slot in zip(keys, slots, strict=True) if slot >= 0]
             slots = [slot for slot in slots if slot >= 0]
         return keys, slots
+
+    def _gain(self, key: Key, candidate: _Candidate) -> float:
+        """What a block is worth in a slot, of its next use and of later ones, less the price of its being wasted."""
+        value, distance, _ = candidate
+        later, factor = float(self._later[key]), self._factor[key[0]]
+        gain = value + (1 - value) * later * (self._own if distance == 1 else factor)
+        if self.waste_price:
+            gain -= self.waste_price * (1 - min(value / factor, 1.0)) * (1 - later)
+        return gain
 
     def _cheapest(
         self, layer: int, needed: Sequence[int], ahead: Float32[np.ndarray, "L E"], wanted: int
@@ -272,10 +285,10 @@ class ByValue:
         if not self._residency.policy.gives_way:
             return
         later, factor, layers = self._later, self._factor, len(self._factor)
-        self._age += 1
+        self._age += max(1, wanted)
         for _ in range(2):
             if self._age > _AGE or len(self._victims) < wanted:
-                self._look_for_victims(layer, ahead, wanted)
+                self._look_for_victims(layer, ahead, wanted + len(needed))
             while self._victims:
                 before, place = self._victims.pop()
                 key = owner, expert = divmod(place, experts)

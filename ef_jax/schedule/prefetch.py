@@ -18,6 +18,7 @@ from ef_jax.schedule.link import Blocks, PrefetchLink
 from ef_jax.schedule.nearest_first import RULES, NearestFirst
 from ef_jax.schedule.need import make_need
 from ef_jax.schedule.trust import Trust
+from ef_jax.schedule.waste import WasteBound
 
 CANDIDATES = ("value", *RULES)
 
@@ -41,9 +42,10 @@ class Prefetcher(Generic[Blocks]):
         None: as measurements say, see `Horizons`.
       candidates: how blocks are chosen: "value" (`ByValue`), or a name of `nearest_first.RULES`.
       need: a name of `need.NEEDS`.
+      most_wasted: the share of the blocks moved that candidates by value may waste, see `WasteBound`.
 
     Raises:
-      InputError: no such rule or estimate.
+      InputError: no such rule or estimate, or no share.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Prefetcher(Generic[Blocks]):
         horizon: int | None,
         candidates: str = "value",
         need: str = "batch",
+        most_wasted: float = 1.0,
     ) -> None:
         check_candidates(candidates)
         layers = residency.layers
@@ -64,7 +67,9 @@ class Prefetcher(Generic[Blocks]):
         self._trust = Trust(layers=layers, distances=self.horizons.longest)
         self._value = ByValue(residency, longest=self.horizons.longest)
         self._simple = NearestFirst(residency, RULES[candidates]) if candidates in RULES else None
+        self._waste = WasteBound(most_wasted)
         self._wasted = [0] * layers
+        self._demanded = self._moved_before = self._wasted_before = 0
 
     @property
     def begun(self) -> int:
@@ -73,6 +78,10 @@ class Prefetcher(Generic[Blocks]):
 
     def begin_step(self, batch: int, diversity: float | None) -> None:
         """A step of `batch` tokens begins; see `Need.begin_step`."""
+        moved, wasted = self._demanded + self._link.prefetches_begun, sum(self._residency.wasted)
+        self._waste.end_step(moved - self._moved_before, wasted - self._wasted_before)
+        self._moved_before, self._wasted_before = moved, wasted
+        self._value.waste_price = self._waste.price
         self._value.begin_step()
         self.horizons.begin_step(batch, diversity, self._link.pace, self._trust)
 
@@ -89,6 +98,7 @@ class Prefetcher(Generic[Blocks]):
     def served(self, layer: int, needed: Sequence[int], admission: Admission) -> None:
         """A layer uses the distinct experts `needed`: learn from what was there of them."""
         late, missing, foreseen = len(admission.late), len(admission.missing), admission.foreseen
+        self._demanded += missing
         wasted = self._residency.wasted[layer]
         self.horizons.need.fetched(layer, foreseen + late + missing)
         self.horizons.served(layer, late + missing, self._value.full, wasted - self._wasted[layer])
@@ -166,6 +176,7 @@ class Prefetcher(Generic[Blocks]):
             "candidates": self._candidates,
             "price": [round(price, 4) for price in value.prices],
             "trust": list(self._trust.of),
+            "waste": self._waste.report(),
             "waited_share": [value.share(layer) for layer in range(self._residency.layers)],
             "prefetches_failed": self._link.prefetches_failed,
             **self.horizons.report(),

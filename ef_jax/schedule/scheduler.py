@@ -44,6 +44,7 @@ class Scheduler(Generic[Blocks]):
         predictor or the link cannot prefetch. "off" or 0: only what is needed is copied.
       candidates: how blocks are chosen, see `Prefetcher`.
       need: estimate of the blocks that are needed, see `Prefetcher`.
+      most_wasted: share of the bytes moved that may be fetched for nothing, see `WasteBound`.
       trial: where prefetching is automatic, hold a `Trial` of it; False where nothing but copies takes the host time,
         as on a virtual clock.
       now: the clock of trials and timelines, in seconds.
@@ -64,6 +65,7 @@ class Scheduler(Generic[Blocks]):
         prefetch: Prefetch = "off",
         candidates: str = "value",
         need: str = "batch",
+        most_wasted: float = 1.0,
         trial: bool = True,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -81,7 +83,15 @@ class Scheduler(Generic[Blocks]):
         self._off_because = self._reason_to_be_off(prefetch)
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
-            self._prefetcher = Prefetcher(residency, link, predictor, horizon=horizon, candidates=candidates, need=need)
+            self._prefetcher = Prefetcher(
+                residency,
+                link,
+                predictor,
+                horizon=horizon,
+                candidates=candidates,
+                need=need,
+                most_wasted=most_wasted,
+            )
         self._trial = Trial(now) if trial and self._prefetcher is not None and prefetch == "auto" else None
         self._report()
 
