@@ -11,7 +11,8 @@ from bench._recall_data import record
 from ef_jax.nn.routing_path import RoutingPath, RoutingPathSpec
 from ef_jax.predict.path_bins import offline_path_bins
 from ef_jax.predict.path_data import PathExamples
-from ef_jax.predict.path_training import PathLook, PathTraining, PathTrainingOptions, train_path
+from ef_jax.predict.path_options import PathTrainingOptions
+from ef_jax.predict.path_training import PathLook, PathTraining, train_path
 from ef_jax.progress import Progress
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.replay.trace_file import load_trace

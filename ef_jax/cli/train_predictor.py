@@ -110,7 +110,8 @@ def _train_routing_path(
     """The routing path, its training as JSON, and as a table."""
     from ef_jax.nn.routing_path import RoutingPathSpec
     from ef_jax.predict.path_data import PathExamples
-    from ef_jax.predict.path_training import PathLook, PathTrainingOptions, train_path
+    from ef_jax.predict.path_options import PathTrainingOptions
+    from ef_jax.predict.path_training import PathLook, train_path
 
     examples = PathExamples(traces)
     settings = PathTrainingOptions(epochs=options.epochs, steps=options.steps, seed=options.seed)

@@ -1,5 +1,7 @@
 """What a routing path would have predicted in a recorded run, for replays."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +13,9 @@ from jaxtyping import Array, Int32, UInt8
 from ef_jax.errors import InputError
 from ef_jax.nn.routing_path import PathState, RoutingPath, RoutingPathSpec, decode, empty_state, encode
 from ef_jax.predict.log_odds import to_bins
+from ef_jax.predict.path_loss import Leaves
 from ef_jax.replay.trace import PROMPT, RoutingTrace
 
-Leaves = Any  # an nnx.State, whose own annotations are no longer good ones
 _ROWS = 32
 _STEPS = 64
 
@@ -47,25 +49,8 @@ def offline_path_bins(
         raise InputError(f"a routing path of layers, experts and top-k {wanted} is not for a trace of {found}")
     if prompt is not None and prompt < 0:
         raise InputError(f"a prompt of {prompt} tokens: give 0 or more, or None for what was recorded as one")
-    graph, leaves = nnx.split(path)
-
-    @jax.jit
-    def begin(leaves: Leaves, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
-        empty = empty_state(spec, rows=_ROWS, context=spec.window)
-        return empty._replace(prompts=encode(nnx.merge(graph, leaves), prompts, lengths), lengths=lengths)
-
-    @jax.jit
-    def follow(
-        leaves: Leaves, state: PathState, tokens: Int32[Array, "S R"]
-    ) -> tuple[PathState, UInt8[Array, "S R L E"]]:
-        merged = nnx.merge(graph, leaves)
-
-        def one(state: PathState, tokens: Int32[Array, " R"]) -> tuple[PathState, UInt8[Array, "R L E"]]:
-            odds, state = decode(merged, state, jnp.arange(_ROWS), tokens)
-            return state, to_bins(odds, jnp)
-
-        return jax.lax.scan(one, state, tokens)
-
+    begin, follow = _programs(spec)
+    leaves = jax.tree.leaves(nnx.state(path))
     bins = np.zeros((trace.count, spec.layers, spec.experts), np.uint8)
     streams = sorted(_streams(trace, spec, prompt), key=lambda stream: stream.last - stream.first)
     for start in range(0, len(streams), _ROWS):
@@ -85,6 +70,33 @@ def offline_path_bins(
             for row, place in enumerate(places):
                 bins[place] = told_bins[: len(bins[place]), row]
     return bins
+
+
+@functools.lru_cache(maxsize=4)  # other traces compile nothing
+def _programs(spec: RoutingPathSpec) -> tuple[Callable[..., PathState], Callable[..., Any]]:
+    """The state after prompts, and state and bins after some steps; both take the predictor's leaves first."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: RoutingPath(spec, rngs=nnx.Rngs(0))))
+    structure = jax.tree.structure(shapes)
+
+    @jax.jit
+    def begin(leaves: Leaves, prompts: Int32[Array, "R P"], lengths: Int32[Array, " R"]) -> PathState:
+        path = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+        empty = empty_state(spec, rows=_ROWS, context=spec.window)
+        return empty._replace(prompts=encode(path, prompts, lengths), lengths=lengths)
+
+    @jax.jit
+    def follow(
+        leaves: Leaves, state: PathState, tokens: Int32[Array, "S R"]
+    ) -> tuple[PathState, UInt8[Array, "S R L E"]]:
+        path = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+        def one(state: PathState, tokens: Int32[Array, " R"]) -> tuple[PathState, UInt8[Array, "R L E"]]:
+            odds, state = decode(path, state, jnp.arange(_ROWS), tokens)
+            return state, to_bins(odds, jnp)
+
+        return jax.lax.scan(one, state, tokens)
+
+    return begin, follow
 
 
 def _streams(trace: RoutingTrace, spec: RoutingPathSpec, prompt: int | None) -> list[_Stream]:

@@ -34,7 +34,7 @@ def load_checkpoint(path: Path, tree: Any) -> tuple[Any, dict[str, Any]]:
     """
     leaves, structure = jax.tree.flatten(tree)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             head = json.loads(str(archive[_HEAD]))
             arrays = [archive[f"array_{number}"] for number in range(len(leaves))]
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

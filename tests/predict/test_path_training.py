@@ -16,14 +16,17 @@ from ef_jax.predict.log_odds import NOMINAL
 from ef_jax.predict.path_bins import offline_path_bins
 from ef_jax.predict.path_data import PathExamples
 from ef_jax.predict.path_metrics import candidates
-from ef_jax.predict.path_training import PathTraining, PathTrainingOptions, train_path
+from ef_jax.predict.path_options import PathTrainingOptions
+from ef_jax.predict.path_training import PathTraining, train_path
 from ef_jax.replay.trace import PROMPT
 from tests.predict.learnable import learnable
 
 SPEC = RoutingPathSpec(
     layers=3, experts=8, top_k=2, vocab=16, d_model=16, d_ff=16, heads=2, decoder_layers=1, most_prompt=8, window=8
 )
-OPTIONS = PathTrainingOptions(steps=90, rows=8, stretch=16, learning_rate=3e-2, evaluations=3, dropout=0.1)
+OPTIONS = PathTrainingOptions(
+    steps=90, rows=8, stretch=16, learning_rate=3e-2, evaluations=3, dropout=0.1, compute="bfloat16"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,41 +50,38 @@ def test_bins_are_those_of_the_sequences_as_a_whole(trained: tuple[RoutingPath, 
     trace = dataclasses.replace(trace, offsets=np.array([0, 4, 140]))
     bins = offline_path_bins(path, trace, prompt=10)
     assert candidates(bins, trace)[0].recall.min() > 0.9
-    tokens = trace.tokens[None]
-    nothing = np.zeros((1, 8), np.int32), np.zeros(1, np.int32)
-    told = np.concatenate([trace.tokens[6:14]])[None], np.array([8], np.int32)
-    for rows, (prompts, lengths) in (
-        (slice(0, 3), nothing),
-        (slice(4, 14), nothing),
-        (slice(14, 140), told),
-        (slice(3, 4), (np.pad(tokens[:, :3], ((0, 0), (0, 5))), np.array([3], np.int32))),
-    ):
-        wanted = np.asarray(jax.nn.sigmoid(path(*map(jax.numpy.asarray, (prompts, lengths, tokens[:, rows])))))[0]
-        assert np.abs(NOMINAL[bins[rows]] - wanted).max() < 0.017  # half a bin at its widest
+    parts = [slice(0, 3), slice(4, 14), slice(14, 140), slice(3, 4)]
+    prompts, tokens = np.zeros((4, 8), np.int32), np.zeros((4, 126), np.int32)
+    prompts[2], prompts[3, :3] = trace.tokens[6:14], trace.tokens[:3]
+    for row, part in enumerate(parts):
+        tokens[row, : part.stop - part.start] = trace.tokens[part]
+    odds = path(jax.numpy.asarray(prompts), jax.numpy.array([0, 0, 8, 3]), jax.numpy.asarray(tokens))
+    for part, wanted in zip(parts, np.asarray(jax.nn.sigmoid(odds)), strict=True):
+        near = NOMINAL[bins[part]] - wanted[: part.stop - part.start]
+        assert np.abs(near).max() < 0.017  # half a bin at its widest
     recorded = dataclasses.replace(trace, phases=np.where(np.arange(140) < 14, PROMPT, 1).astype(np.uint8))
     np.testing.assert_array_equal(offline_path_bins(path, recorded)[14:], bins[14:])
 
 
 def test_a_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    options = dataclasses.replace(OPTIONS, steps=20, evaluations=4, patience=9, compute="bfloat16")
     examples = PathExamples([learnable(sequences=10)])
-    whole, training = train_path(SPEC, examples, options)
+    whole, training = train_path(SPEC, examples, OPTIONS)
 
     class Interrupted(Exception):
         pass
 
     def interrupt(done: int, *_: Any) -> None:
-        if done == 12:
+        if done == 40:
             raise Interrupted
 
     checkpoint = tmp_path / "P.training.npz"
     with pytest.raises(Interrupted):
-        train_path(SPEC, examples, options, interrupt, checkpoint=checkpoint)
+        train_path(SPEC, examples, OPTIONS, interrupt, checkpoint=checkpoint)
     steps: list[int] = []
     resumed, after = train_path(
-        SPEC, examples, options, lambda done, *_: steps.append(done), checkpoint=checkpoint, resume=True
+        SPEC, examples, OPTIONS, lambda done, *_: steps.append(done), checkpoint=checkpoint, resume=True
     )
-    assert steps == list(range(11, 21))
+    assert steps == list(range(31, 91))
     assert whole.head[...].dtype == np.float32
     assert (after.loss, after.steps) == (training.loss, training.steps)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(resumed), nnx.state(whole))
@@ -91,7 +91,7 @@ def test_a_training_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
             train_path(
                 dataclasses.replace(SPEC, **changes.pop("spec", {})),
                 examples,
-                dataclasses.replace(options, **changes),
+                dataclasses.replace(OPTIONS, **changes),
                 checkpoint=checkpoint,
                 resume=True,
             )
