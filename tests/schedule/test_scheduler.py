@@ -95,7 +95,7 @@ class Random:
         return scores * np.nan if self._call() == "nan" else scores
 
 
-def make(link, clock, predictor, *, slots=8, policy="lru", prefetch="auto", candidates="value"):
+def make(link, clock, predictor, *, slots=8, policy="lru", prefetch="auto", candidates="value", most_wasted=1.0):
     residency = Residency(
         layers=LAYERS,
         experts=EXPERTS,
@@ -113,6 +113,7 @@ def make(link, clock, predictor, *, slots=8, policy="lru", prefetch="auto", cand
         predictor=predictor,
         prefetch=prefetch,
         candidates=candidates,
+        most_wasted=most_wasted,
         trial=False,
         now=lambda: clock.now,
     )
@@ -135,12 +136,14 @@ def test_every_layer_gets_its_experts_and_no_slot_is_lost(candidates, data) -> N
         policy=data.draw(st.sampled_from(list(POLICIES))),
         prefetch=data.draw(st.sampled_from(["auto", 1, 3])),
         candidates=candidates,
+        most_wasted=data.draw(st.sampled_from([1.0, 0.1])),
     )
     residency = scheduler.residency
     row = st.lists(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K, unique=True)
     bins = np.zeros((3, EXPERTS), np.uint8) if data.draw(st.booleans()) else None
+    paths = np.zeros((LAYERS, EXPERTS), np.uint8) if data.draw(st.booleans()) else None
     for number in range(data.draw(st.integers(1, 6))):
-        scheduler.begin_step([number], bins)
+        scheduler.begin_step([number], bins, paths=paths)
         for layer in range(LAYERS):
             rows = data.draw(st.lists(row, min_size=1, max_size=2))
             needed = {expert for each in rows for expert in each}
