@@ -18,6 +18,9 @@ no ...: ours without continuous batching (R requests together, the next R when a
 narrow: ours with B rows, so without groups. wide: ours with steps of R. on demand, wide: as batched, R together.
 knowing: ours with routing paths that are always right. all resident: no copies; nothing can be faster.
 
+On routes of DeepSeek-V2-Lite the target of 5 times on demand, batched, is out of reach at equal steps: 8 wide over the
+balanced link, an engine with all experts resident is 4.1 times as fast, ours 2.3 times, with true paths 2.9 times.
+
 `token scheduler` is the ratio with groups to without, in ours, with `lru` and no prefetching, and on demand.
 """
 
