@@ -138,7 +138,7 @@ def _train_routing_path(
         "steps": training.steps,
         "seconds": round(training.seconds, 3),
         "loss": training.loss,
-        "recall": [_rounded(value) for value in training.recall],
+        "recall": [_rounded(float(value)) for value in training.recall],
         "width": width,
     }
     head = f"recall % of {sizes.top_k} candidates, {training.held_out_tokens} tokens held out"
@@ -247,7 +247,7 @@ def _fingerprint(path: Path) -> str:
 def _correction_summary(training: "Training") -> dict[str, Any]:
     """A training as JSON; recall by distance, mean over the layers."""
     before, after = (
-        [_rounded(np.nanmean(column)) for column in recall.T]
+        [_rounded(float(np.nanmean(column))) for column in recall.T]
         for recall in (training.recall_before, training.recall_after)
     )
     return {
