@@ -1,7 +1,8 @@
 """Part "cache" of `bench.routing_path`: hits, wasted bytes and stalls that predictions make of a cache, in replays.
 
 The reported sequences run side by side, every token as a step of decoding; the first only teaches. The fewer run side
-by side, the fewer of them are taken. An expert that a layer waits for is no hit, also if it was under way.
+by side, the fewer of them are taken; steps at the end, where they run out, count too. An expert that a layer waits for
+is no hit, also if it was under way.
 
 The link is balanced: in the time that a layer computes it carries as many blocks as a layer of a full batch uses
 distinct experts on average (K of them for one sequence, as in `bench.horizon`). So with perfect foresight it could
