@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import _report, _routing_path_prediction
+from bench import _report, _routing_path_cache, _routing_path_prediction
 from bench._routing_path_data import Options
 from ef_jax.inline_dispatch import dispatch_inline
 
@@ -27,7 +27,7 @@ from ef_jax.inline_dispatch import dispatch_inline
 def main() -> int:
     """Run the bench; the exit code."""
     dispatch_inline()
-    parts = {"prediction": _routing_path_prediction.run}
+    parts = {"prediction": _routing_path_prediction.run, "cache": _routing_path_cache.run}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=tuple(parts), default=list(parts), metavar="PART")
     parser.add_argument("--trace", type=Path, metavar="NPZ", help="a routing trace, besides the bundled model")
