@@ -8,7 +8,8 @@ The link is balanced: in the time that a layer computes it carries as many block
 distinct experts on average (K of them for one sequence, as in `bench.horizon`). So with perfect foresight it could
 just carry everything that is used, with nothing cached; what is wasted has to be made up for by the cache.
 
-lru, lfu, next_use: on demand only. belady: the most hits that any rule for evictions can have without prefetching.
+lru, lfu, next_use: on demand only. belady: the most hits that any rule can have without prefetching, if what it does not
+  keep passes through staging.
 plec + path: as the paper has it. Where the path predictor names experts of coming layers, nearest first, they are
   fetched into the slots that `plec` gives up.
 path, pregate, fusion: candidates by value, from paths, pre-gate scores or both, at most `MOST_WASTED` of the bytes
@@ -105,7 +106,7 @@ def _cell(data: _Data, batch: int, residency: float) -> list[dict[str, Any]]:
             **arm.settings,
         ).decode
         rows.append(common | {"arm": arm.name, **_figures(phase, trace.layers)})
-    best = Replays(trace, SweepSettings(batch=batch, fit=1)).run(Task("belady", slots, None)).phase
+    best = Replays(trace, SweepSettings(batch=batch, fit=1)).run(Task("belady_bypass", slots, None)).phase
     best.stall_seconds = sum(best.misses) * block_seconds
     best.bytes_demand = sum(best.misses) * _BLOCK_BYTES
     rows.append(common | {"arm": "belady", **_figures(best, trace.layers)})
