@@ -8,8 +8,8 @@ The link is balanced: in the time that a layer computes it carries as many block
 distinct experts on average (K of them for one sequence, as in `bench.horizon`). So with perfect foresight it could
 just carry everything that is used, with nothing cached; what is wasted has to be made up for by the cache.
 
-lru, lfu, next_use: on demand only. belady: the most hits that any rule can have without prefetching, if what it does not
-  keep passes through staging.
+lru, lfu, next_use: on demand only. belady: the most hits that any rule can have without prefetching, if
+  what it does not keep passes through staging.
 plec + path: as the paper has it. Where the path predictor names experts of coming layers, nearest first, they are
   fetched into the slots that `plec` gives up.
 path, pregate, fusion: candidates by value, from paths, pre-gate scores or both, at most `MOST_WASTED` of the bytes
