@@ -61,6 +61,7 @@ def load(
     device_memory: str | int | None = None,
     expert_fraction: float | None = None,
     batch: int = 1,
+    sequences: int | None = None,
     context: int | None = None,
     chunk: int = 256,
     policy: str = "lru",
@@ -82,7 +83,9 @@ def load(
       device_memory: device budget, for example `"8GiB"`. Everything the run puts on the device fits in it.
       expert_fraction: instead of a budget, the share of all experts that get a cache slot; 1.0 is the all-resident
         run. With neither, 90 % of a GPU's memory, or half of the experts on CPU.
-      batch: sequences that run together. A prompt's result does not depend on how full the batch is.
+      batch: sequences that run together. A prompt's result does not depend on its company.
+      sequences: sequences that are held at once, each with keys and values of its own; None: `batch`. With more, the
+        token scheduler forms batches of sequences that are likely to use the same experts.
       context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most.
       chunk: tokens a sequence that one prefill pass takes.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
@@ -114,8 +117,8 @@ def load(
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
         request = make_request(
-            spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch, context=context,
-            chunk=chunk,
+            spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch,
+            sequences=sequences, context=context, chunk=chunk,
         )  # fmt: skip
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
@@ -158,7 +161,7 @@ def load(
         residency,
         device_link if emulated is None else EmulatedLink(device_link, emulated),
         device,
-        look_ahead=None if look is None else _look_ahead(spec, look, settled.trained, dense, plan.batch, device),
+        look_ahead=None if look is None else _look_ahead(spec, look, settled.trained, dense, plan.rows, device),
         predictor=_predictor(spec, settled, look),
         prefetching=settled,
         candidates=candidates,
@@ -174,6 +177,7 @@ def make_request(
     device_memory: str | int | None = None,
     expert_fraction: float | None = None,
     batch: int = 1,
+    sequences: int | None = None,
     context: int | None = None,
     chunk: int = 256,
 ) -> MemoryRequest:
@@ -197,6 +201,7 @@ def make_request(
         device_memory=budget,
         expert_fraction=expert_fraction,
         batch=batch,
+        rows=sequences,
         context=min(spec.max_position, _DEFAULT_CONTEXT) if context is None else context,
         chunk=chunk,
     )
@@ -218,13 +223,14 @@ def plan_model(
     """
     mode = resolve_copy_mode(copy_mode, device)
     transfer_blocks, transfer_rings = blocks_in_flight(mode, device)
+    rows = request.rows or request.batch
 
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
             dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
-            look_ahead=look_ahead_bytes(spec, look_ahead, request.batch),
-            kv_cache=kv_cache_bytes(spec, request.batch, request.context),
-            state=request.batch * (spec.vocab + 64),
+            look_ahead=look_ahead_bytes(spec, look_ahead, rows),
+            kv_cache=kv_cache_bytes(spec, rows, request.context),
+            state=rows * (spec.vocab + 64),
             workspace=workspace,
             transfer_blocks=transfer_blocks,
             transfer_rings=transfer_rings,
@@ -241,6 +247,7 @@ def plan_model(
     programs = Programs(
         spec,
         batch=request.batch,
+        rows=rows,
         context=request.context,
         chunk=request.chunk,
         pool_slots=pool_slots,
@@ -275,7 +282,7 @@ def _look_ahead_spec(spec: ModelSpec, settled: Prefetching) -> LookAheadSpec | N
 
 
 def _look_ahead(
-    spec: ModelSpec, look: LookAheadSpec, trained: Path | None, dense: DenseWeights, batch: int, device: jax.Device
+    spec: ModelSpec, look: LookAheadSpec, trained: Path | None, dense: DenseWeights, rows: int, device: jax.Device
 ) -> LookAhead:
     """The arrays of a look ahead, those of a trained predictor checked against the model."""
     correction = None
@@ -285,7 +292,7 @@ def _look_ahead(
         spec,
         look,
         dense,
-        batch=batch,
+        rows=rows,
         sharding=jax.sharding.SingleDeviceSharding(device),
         correction=correction,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ef_jax.errors import BudgetError, InputError
 from ef_jax.memory.sizes import format_bytes
+from ef_jax.nn import cache_shape
 from ef_jax.spec import ModelSpec
 
 STAGING_SLOTS = 16
@@ -17,16 +18,18 @@ _HOST_POOL_DEFAULT_GB = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryRequest:
-    """What the caller asks of device memory: a budget in bytes or a fraction of the experts, batch and context.
+    """What the caller asks of device memory: a budget in bytes or a fraction of the experts, sequences and context.
 
     `device_memory` and `expert_fraction` exclude one another. `expert_fraction` counts cache slots: 1.0 keeps every
-    expert on the device, 0.0 keeps none between steps. `context` is tokens a sequence (prompt and output), `chunk`
-    tokens a sequence that one prefill pass takes.
+    expert on the device, 0.0 keeps none between steps. `batch` is sequences of one step, `rows` sequences that are held
+    at once, each with keys and values of its own (None: as many as a step runs). `context` is tokens a sequence (prompt
+    and output), `chunk` tokens a sequence that one prefill pass takes.
     """
 
     device_memory: int | None = None
     expert_fraction: float | None = None
     batch: int = 1
+    rows: int | None = None
     context: int = 1024
     chunk: int = 256
 
@@ -40,6 +43,8 @@ class MemoryRequest:
             raise InputError(f"expert_fraction must be between 0 and 1, got {fraction}")
         if not 1 <= self.batch <= 1024:
             raise InputError(f"batch must be between 1 and 1024, got {self.batch}")
+        if self.rows is not None and not self.batch <= self.rows <= 4096:
+            raise InputError(f"sequences must be between batch, {self.batch}, and 4096, got {self.rows}")
         if not self.context >= 2:
             raise InputError(f"context must be at least 2 tokens, got {self.context}")
         if not self.chunk >= 1:
@@ -70,6 +75,7 @@ class MemoryPlan:
     token_cycle: int
     block_bytes: int
     batch: int
+    rows: int
     context: int
     chunk: int
     host_bytes: int
@@ -104,7 +110,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         notes = {
             "dense": "attention, norms, routers, embeddings",
-            "kv_cache": f"batch {self.batch} x {self.context} tokens",
+            "kv_cache": f"{self.rows} sequence{'s' * (self.rows > 1)} x {self.context} tokens",
             "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}",
             "staging": f"{self.staging_slots} blocks that pass through",
             "transfers": "blocks in flight",
@@ -137,10 +143,10 @@ class FixedBytes:
     prefetch_blocks: int = 0
 
 
-def kv_cache_bytes(spec: ModelSpec, batch: int, context: int) -> int:
-    """Bytes of keys and values of every layer for `batch` sequences of `context` tokens."""
-    attention = spec.attention
-    return 2 * len(spec.layers) * batch * context * attention.kv_heads * attention.head_dim * spec.itemsize
+def kv_cache_bytes(spec: ModelSpec, rows: int, context: int) -> int:
+    """Bytes of keys and values of every layer for `rows` sequences of `context` tokens."""
+    cache = cache_shape(spec, rows, context)
+    return 2 * len(spec.layers) * cache.size * cache.dtype.itemsize
 
 
 def experts_a_step(spec: ModelSpec, batch: int) -> int:
@@ -185,6 +191,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
             token_cycle=token_cycle,
             block_bytes=block,
             batch=request.batch,
+            rows=request.rows or request.batch,
             context=request.context,
             chunk=request.chunk,
             host_bytes=spec.total_experts * block,

@@ -1,6 +1,7 @@
 """Flax NNX modules of the decoder and the pure functions under them. The routed experts live outside."""
 
 from ef_jax.nn.attention import FULL_WINDOW as FULL_WINDOW
+from ef_jax.nn.attention import KEY_BLOCK as KEY_BLOCK
 from ef_jax.nn.attention import QUERY_BLOCK as QUERY_BLOCK
 from ef_jax.nn.attention import attend as attend
 from ef_jax.nn.attention import cache_shape as cache_shape
@@ -15,6 +16,7 @@ from ef_jax.nn.definition import merge_finish as merge_finish
 from ef_jax.nn.definition import merge_layer as merge_layer
 from ef_jax.nn.definition import merge_top as merge_top
 from ef_jax.nn.definition import top_definition as top_definition
+from ef_jax.nn.exponential import exp_of_negative as exp_of_negative
 from ef_jax.nn.ffn import ffn as ffn
 from ef_jax.nn.linear import linear as linear
 from ef_jax.nn.linear import matmul_f32 as matmul_f32

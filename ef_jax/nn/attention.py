@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Shaped
 
+from ef_jax.nn.exponential import exp_of_negative
 from ef_jax.nn.linear import MIN_ROWS, Linear
 from ef_jax.nn.norm import RMSNorm
 from ef_jax.nn.rope import apply_rope, rope_tables
@@ -17,24 +18,43 @@ FULL_WINDOW = 2**30
 QUERY_BLOCK = 64
 """Queries scored at once; the workspace is bounded by `B x H x QUERY_BLOCK x C` floats."""
 
+KEY_BLOCK = 256
+"""Keys that are summed together. Blocks are added up in a fixed tree, in which those that a query does not see are
+zeros, so that its result does not depend on how much of the cache a program reads."""
 
-def cache_shape(spec: ModelSpec, batch: int, context: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of one layer's key (or value) cache: `[B, N, C, hd]`, 16-bit floats as their bits.
+_COLUMNS = 16
 
-    Bits, because XLA:CPU converts a whole bfloat16 cache to float32 and back to write one position (jax 0.10.2:
-    954 us against 491 us for a step over 4,096 positions of 2 heads x 48).
+
+def cache_shape(spec: ModelSpec, rows: int, context: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one layer's key (or value) cache: `[R, N, C, hd]`, 16-bit floats as their bits.
+
+    C is the context, in whole key blocks if it is longer than one. Bits, because XLA:CPU converts a whole bfloat16
+    cache to float32 and back to write one position (jax 0.10.2: 954 us against 491 us for a step over 4,096 positions
+    of 2 heads x 48).
     """
-    shape = (batch, spec.attention.kv_heads, context, spec.attention.head_dim)
+    length = context if context <= KEY_BLOCK else context + -context % KEY_BLOCK
+    shape = (rows, spec.attention.kv_heads, length, spec.attention.head_dim)
     return jax.ShapeDtypeStruct(shape, storage_dtype(spec.dtype))
 
 
 def write_cache(
-    cache: Shaped[Array, "B N C hd"], new: Float[Array, "B T N hd"], positions: Int32[Array, "B T"]
-) -> Shaped[Array, "B N C hd"]:
-    """The cache with `new` at its tokens' positions; negative positions and those beyond C are not written."""
-    sequences = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
+    cache: Shaped[Array, "R N C hd"],
+    new: Float[Array, "B T N hd"],
+    positions: Int32[Array, "B T"],
+    rows: Int32[Array, " B"] | None = None,
+) -> Shaped[Array, "R N C hd"]:
+    """The cache with `new` at its tokens' rows and positions; see `DecoderLayer.attend`."""
+    sequences = jnp.arange(cache.shape[0], dtype=jnp.int32) if rows is None else rows
     slots = jnp.where(positions < 0, cache.shape[2], positions)  # a negative index would wrap around
-    return cache.at[sequences, :, slots].set(to_storage(new), mode="drop")
+    return cache.at[sequences[:, None], :, slots].set(to_storage(new), mode="drop")
+
+
+def read_cache(
+    cache: Shaped[Array, "R N C hd"], span: int | None, rows: Int32[Array, " B"] | None
+) -> Shaped[Array, "B N c hd"]:
+    """The first `span` positions of some rows of a cache; None: all."""
+    cache = cache[:, :, :span]
+    return cache if rows is None else cache.at[rows].get(mode="clip")
 
 
 def attend(
@@ -47,7 +67,8 @@ def attend(
     """Attention of each query at position p over the cache entries j with `p - window < j <= p`.
 
     H heads share N key/value heads in runs of H / N. Scores and softmax are float32. Queries beyond
-    `QUERY_BLOCK` are taken in blocks. A negative position marks padding: its output is finite and means nothing.
+    `QUERY_BLOCK` are taken in blocks. A negative position marks padding: its output is finite and means nothing. C is
+    at most `KEY_BLOCK` or a multiple of it; how many blocks there are past p changes no bit of the result.
     """
     batch, tokens, heads, width = q.shape
     if tokens > QUERY_BLOCK:
@@ -78,22 +99,51 @@ def _attend_block(
     batch, tokens, heads, width = q.shape
     kv_heads, context = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    # The queries of a key/value head's whole group become rows of one matmul.
+    # The queries of a key/value head's whole group become rows of one matmul a block of keys.
     rows = q.reshape(batch, tokens, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
-    rows = rows.reshape(batch, kv_heads, tokens * group, width)
-    scores = jnp.einsum("bnrd,bncd->bnrc", rows, k, preferred_element_type=jnp.float32) * width**-0.5
+    rows = rows.reshape(batch, kv_heads, 1, tokens * group, width)
+    block = min(context, KEY_BLOCK)
+    blocks = context // block
+    rows = jnp.broadcast_to(rows, (batch, kv_heads, blocks, tokens * group, width))
+    k, v = (part.reshape(batch, kv_heads, blocks, block, width) for part in (k, v))
+    scores = jnp.einsum("bnkrd,bnkcd->bnkrc", rows, k, preferred_element_type=jnp.float32) * width**-0.5
 
-    keys = jnp.arange(context, dtype=jnp.int32)[None, None]
-    query = positions[..., None]
-    visible = (keys <= query) & (keys > query - window)  # [B, T, C]
-    visible = jnp.repeat(visible, group, axis=1)[:, None]
+    keys = jnp.arange(context, dtype=jnp.int32).reshape(1, blocks, 1, block)
+    query = jnp.repeat(positions, group, axis=1)[:, None, :, None]
+    visible = ((keys <= query) & (keys > query - window))[:, None]  # [B, 1, blocks, rows, block]
     # Not -inf: a padding row sees nothing, and its softmax must stay finite.
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-
-    out = jnp.einsum("bnrc,bncd->bnrd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    powers = jnp.where(visible, exp_of_negative(scores - scores.max(axis=(2, 4), keepdims=True)), 0)
+    total = _tree_sum(_row_sum(powers), axis=2)[:, :, None]
+    weights = (powers / jnp.maximum(total, 1)).astype(q.dtype)  # the largest power is 1
+    parts = jnp.einsum("bnkrc,bnkcd->bnkrd", weights, v, preferred_element_type=jnp.float32)
+    out = _tree_sum(parts, axis=2).astype(q.dtype)
     out = out.reshape(batch, kv_heads, tokens, group, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, tokens, heads, width)
+
+
+def _row_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
+    """The sum of each row, in the same order however many rows there are.
+
+    XLA:CPU adds up a row in another order in a vectorised loop than in another one, and which loops it vectorises
+    depends on the size of the array. Columns it adds up one after another in both.
+    """
+    if x.shape[-1] % _COLUMNS == 0:
+        x = x.reshape(*x.shape[:-1], -1, _COLUMNS).sum(axis=-2)
+    while x.shape[-1] > 1:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x
+
+
+def _tree_sum(x: Float[Array, "*dims"], axis: int) -> Float[Array, "*rest"]:
+    """The sum along an axis, neighbours first: zeros at the end of the axis do not change a bit of it."""
+    x = jnp.moveaxis(x, axis, 0)
+    while len(x) > 1:
+        if len(x) % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+        x = x[0::2] + x[1::2]
+    return x[0]
 
 
 class Attention(nnx.Module):
@@ -114,18 +164,19 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        k: Shaped[Array, "B N C hd"],
-        v: Shaped[Array, "B N C hd"],
+        k: Shaped[Array, "R N C hd"],
+        v: Shaped[Array, "R N C hd"],
         positions: Int32[Array, "B T"],
         window: Int32[Array, ""],
         span: int | None = None,
-    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "B N C hd"], Shaped[Array, "B N C hd"]]:
+        rows: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "R N C hd"], Shaped[Array, "R N C hd"]]:
         """The attention output and the cache with this call's keys and values written; see `DecoderLayer.attend`."""
         query, key, value = self._project(x)
         cos, sin = rope_tables(self.spec.rope, positions)
-        k = write_cache(k, apply_rope(key, cos, sin), positions)
-        v = write_cache(v, value, positions)
-        seen_k, seen_v = (from_storage(cache[:, :, :span], x.dtype) for cache in (k, v))
+        k = write_cache(k, apply_rope(key, cos, sin), positions, rows)
+        v = write_cache(v, value, positions, rows)
+        seen_k, seen_v = (from_storage(read_cache(cache, span, rows), x.dtype) for cache in (k, v))
         out = attend(apply_rope(query, cos, sin), seen_k, seen_v, positions, window)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
 

@@ -39,12 +39,13 @@ class DecoderLayer(nnx.Module):
     def attend(
         self,
         x: Float[Array, "B T D"],
-        k: Shaped[Array, "B N C hd"],
-        v: Shaped[Array, "B N C hd"],
+        k: Shaped[Array, "R N C hd"],
+        v: Shaped[Array, "R N C hd"],
         positions: Int32[Array, "B T"],
         window: Int32[Array, ""],
         span: int | None = None,
-    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "B N C hd"], Shaped[Array, "B N C hd"]]:
+        rows: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "R N C hd"], Shaped[Array, "R N C hd"]]:
         """The residual stream after attention, and the updated key and value caches.
 
         Args:
@@ -56,10 +57,12 @@ class DecoderLayer(nnx.Module):
           window: a token at position p sees positions `p - window + 1 .. p`; `FULL_WINDOW` hides nothing. Traced,
             so that sliding and full layers share a compiled program.
           span: static; only the cache's first `span` positions are read, for steps that are known not to be past
-            them. None reads all C.
+            them: a multiple of `KEY_BLOCK`, or at most one. None reads all C. It changes no bit of the result.
+          rows: each sequence's row of the caches; R and beyond marks padding, like a negative position. None: sequence
+            b has row b, and there are as many rows.
         """
         with jax.named_scope("attend"):
-            out, k, v = self.attn(self.attn_norm(x), k, v, positions, window, span)
+            out, k, v = self.attn(self.attn_norm(x), k, v, positions, window, span, rows)
             return x + out, k, v
 
     def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -1,4 +1,4 @@
-"""The engine: one device, one batch at a time, experts served from slots as the routers ask for them."""
+"""The engine: one device, some sequences side by side, experts served from slots as the routers ask for them."""
 
 import functools
 import time
@@ -16,12 +16,12 @@ from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
 from ef_jax.predict import Predictor
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
-from ef_jax.runtime.batch import Batch
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.recorder import Listener
-from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
+from ef_jax.runtime.rows import Rows
+from ef_jax.runtime.sampling import SamplingOptions
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.device_link import DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
@@ -33,7 +33,12 @@ from ef_jax.timeline import COMPUTE, STEPS, Timeline
 
 
 class Engine:
-    """Runs batches of sequences through the model. Python decides over ids; compiled programs hold the arrays."""
+    """Runs sequences through the model. Python decides over ids; compiled programs hold the arrays.
+
+    It holds up to `rows` sequences, each in a row of the key/value caches. One takes a row with `join`, runs its prompt
+    in the passes of `cuts` with `prompt_pass`, then a token at a time with `step`, and goes with `leave`. What a
+    sequence gets does not depend on its row or its company, bit for bit. It is a `Stepper` for a `BatchEngine`.
+    """
 
     def __init__(
         self,
@@ -67,15 +72,18 @@ class Engine:
         self.timeline: Timeline | None = None
         self._served_at = 0.0
         self._dense = dense
-        self._batch = Batch(spec, batch=plan.batch, context=plan.context, device=device)
+        self._rows = Rows(spec, rows=plan.rows, batch=plan.batch, context=plan.context, device=device)
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
-        self._windows: list[jax.Array] = jax.device_put(windows, self._batch.sharding)
+        self._windows: list[jax.Array] = jax.device_put(windows, self._rows.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._arrange_looks()
         self._report: jax.Array | None = None
-        self._token_report: Report | None = None
-        chosen = plan.batch * spec.experts.top_k
-        self._no_outputs = jnp.zeros((chosen, spec.hidden), jnp.dtype(spec.dtype), device=self._batch.sharding)
+        self._token_report: tuple[list[int], Report] | None = None  # and the rows of the tokens
+        self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
+        self._resting = True
+        dtype, chosen = jnp.dtype(spec.dtype), plan.batch * spec.experts.top_k
+        self._last = jnp.zeros((plan.batch, spec.hidden), dtype, device=self._rows.sharding)
+        self._no_outputs = jnp.zeros((chosen, spec.hidden), dtype, device=self._rows.sharding)
         self.scheduler: Scheduler[Any] = Scheduler(
             residency,
             link,
@@ -122,89 +130,154 @@ class Engine:
         self.look_ahead.shift(shifts)
         self._arrange_looks()
 
-    def prepare(self, lengths: Sequence[int], until: int) -> None:
-        """Compile what prompts of `lengths` tokens need, decoded until `until` positions are taken, so that nothing
-        compiles while they run. They look ahead only if somebody will listen."""
-        self._look(self.look_ahead if self.scheduler.listens() else None)
-        self._running.compile_for(lengths, until)
+    @property
+    def rows(self) -> int:
+        """Sequences that can be held at once."""
+        return self._rows.count
+
+    @property
+    def batch(self) -> int:
+        """Sequences that one step can run."""
+        return self._rows.batch
+
+    def cuts(self, length: int) -> list[tuple[int, int]]:
+        """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
+        return list(self.programs.chunks(length))
+
+    def lanes(self, width: int) -> int:
+        """Prompts that one pass over `width` tokens of each can take."""
+        return self.programs.lanes(width)
+
+    def prepare(self, length: int, until: int) -> None:
+        """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken, so that nothing
+        compiles while it runs. Sequences look ahead only if somebody will listen."""
+        if self._resting:
+            self._look(self.look_ahead if self.scheduler.listens() else None)
+        self._running.compile_for(length, until)
         if self._looking is not None and self.scheduler.on_trial:
             self._blind = self._blind or self.programs.without_look_ahead()
-            self._blind.compile_for(lengths, until)
+            self._blind.compile_for(length, until)
 
-    def start(self, prompts: Sequence[np.ndarray], sampling: SamplingArrays) -> tuple[np.ndarray, np.ndarray]:
-        """Begin a batch: run the prompts and choose each sequence's first token.
+    def join(self, row: int, prompt: np.ndarray, options: SamplingOptions, draw: int) -> None:
+        """A sequence takes a row; its prompt is still to be run.
 
         Args:
-          prompts: at most `plan.batch` int32 arrays of token ids, none empty, none longer than the context.
-          sampling: options of `plan.batch` sequences.
+          row: 0 to `rows - 1`, one that nobody has.
+          prompt: int32 `[T]`, not empty, not longer than the context.
+          options: how its tokens are chosen.
+          draw: the number that its random draws go by.
+        """
+        self._resting = False
+        rows, looking = self._rows, self._looking
+        rows.join(row, prompt, options, draw)
+        mask = np.zeros(self.spec.vocab, bool)
+        mask[prompt] = True
+        state = None if looking is None else looking.state
+        rows.seen, state = self._running.join()(rows.seen, state, np.int32(row), mask)
+        if looking is not None:
+            looking.state = state
+
+    def leave(self, row: int) -> None:
+        """The sequence of a row is done; the row is free."""
+        self._rows.prompts[row] = self._rows.prompts[row][:0]
+
+    def prompt_pass(self, width: int, parts: Sequence[tuple[int, int]]) -> dict[int, tuple[int, float]]:
+        """One chunk of each of some prompts.
+
+        Args:
+          width: of the chunks, as `cuts` has them.
+          parts: row and start of each chunk, at most `lanes(width)`.
 
         Returns:
-          tokens int32 and log-probabilities f32, one a prompt.
+          For each row whose prompt ends in the pass, its first token and that token's log-probability.
+
+        Raises:
+          LinkError: blocks could not be copied; the pass can be run again.
         """
-        batch = self._batch
         began = time.perf_counter()
-        batch.begin(prompts, sampling)
-        if self._looking is not None:
-            self._looking.reset()
-        for _ in self._prompt_chunks(prompts):
-            pass
-        tokens, logprobs = self._choose(batch.last)
+        ended = [row for row, start in parts if len(self._rows.prompts[row]) <= start + width]
+        ended = sorted(ended) if self.rows == self.batch else ended
+        self._run_chunk(width, parts, dict(zip(ended, self._rows.places(ended), strict=True)))
+        phase = self.stats.prefill
+        for row, start in parts:
+            self._rows.length[row] = min(len(self._rows.prompts[row]), start + width)
+            phase.tokens += int(self._rows.length[row]) - start
+        firsts = self._choose(self._last, ended) if ended else []
         self._note(COMPUTE, "head", self._served_at)
         self._note(STEPS, "prompts", began)
-        phase = self.stats.prefill
         phase.seconds += time.perf_counter() - began
-        phase.tokens += sum(len(prompt) for prompt in prompts)
         self._note_peak()
-        return tokens[: len(prompts)], logprobs[: len(prompts)]
+        return dict(zip(ended, firsts, strict=True))
 
-    def step(self) -> tuple[np.ndarray, np.ndarray]:
-        """One token for every active sequence.
+    def step(self, rows: Sequence[int]) -> list[tuple[int, float]]:
+        """One token for the sequences of some rows.
+
+        Args:
+          rows: at most `batch`, whose prompts have run.
 
         Returns:
-          tokens int32 `[B]` and log-probabilities f32 `[B]`; those of inactive sequences mean nothing.
+          A token and its log-probability for each, in the order of `rows`.
+
+        Raises:
+          LinkError: blocks could not be copied; the step can be run again.
         """
-        batch, phase = self._batch, self.stats.decode
+        state, phase = self._rows, self.stats.decode
         began = time.perf_counter()
-        positions = np.where(batch.active, batch.length, -1).astype(np.int32)[:, None]
+        order = sorted(rows) if state.count == state.batch else list(rows)
+        places = state.places(order)
+        positions = np.full((state.batch, 1), -1, np.int32)
+        positions[places, 0] = state.length[order]
+        index = state.index(order) if state.count != state.batch else None
         span = self._running.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
         if self._looking is not None and self._blind is not None and not self.scheduler.listens():
             self._look(None)
-        ahead = self._token_report
+        ahead = self._token_report[1] if self._token_report is not None and self._token_report[0] == order else None
         self.scheduler.begin_step(
-            batch.inputs[batch.active].tolist(),
+            state.tokens[order].tolist(),
             None if ahead is None else ahead.bins,
             diversity=None if ahead is None else ahead.diversity,
         )
-        carried = self._layers(1, span, batch.tokens, positions, functools.partial(self._serve, deferred))
-        tokens, logprobs = self._choose(self._running.end_step()(self._dense.finish[-1], carried))
+        serve = functools.partial(self._serve, deferred)
+        carried = self._layers(1, span, self._tokens(order), positions, index, serve)
+        chosen = self._choose(self._running.end_step()(self._dense.finish[-1], carried), order)
         self._note(COMPUTE, "head", self._served_at)
-        for index, ids in deferred:
-            self.scheduler.note(index, _rows(ids))
-        batch.length[batch.active] += 1
+        for layer, ids in deferred:
+            self.scheduler.note(layer, _rows(ids))
+        state.length[order] += 1
         phase.seconds += time.perf_counter() - began
-        phase.tokens += int(batch.active.sum())
+        phase.tokens += len(order)
         phase.steps += 1
         self._note(STEPS, "step", began)
-        return tokens, logprobs
+        if order == list(rows):
+            return chosen
+        of_row = dict(zip(order, chosen, strict=True))
+        return [of_row[row] for row in rows]
 
-    def stop(self, sequence: int) -> None:
-        """Sequence `sequence` of the batch is done: later steps leave it out."""
-        self._batch.active[sequence] = False
-
-    def finish(self) -> None:
-        """The batch is done: nothing is fetched for it any more; note the peak of device memory."""
-        self._batch.active[:] = False
+    def rest(self) -> None:
+        """Nobody has a row: nothing is fetched for now; note the peak of device memory."""
+        self._resting = True
         self.scheduler.end_run()
         if self.stats.horizon is None and self._off_because is not None:
             self.stats.horizon = {"off_because": self._off_because}
         self._note_peak()
 
-    def logits(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    def recover(self) -> None:
+        """After an error that was no `LinkError`: arrays that were lost with a program are made anew, empty."""
+        self._token_report = self._fed = self._report = None
+        if self._rows.lost:
+            self._rows.clear()
+        if self._last.is_deleted():
+            self._last = jnp.zeros_like(self._no_outputs[: self.batch])
+        if self.look_ahead is not None:
+            self.look_ahead.reset()
+
+    def logits(self, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
         """Logits after every token of one sequence.
 
         Args:
           tokens: int32 `[T]`, not longer than the context.
+          row: one that nobody has.
 
         Yields:
           f32 `[t, V]`, in order; the t sum to T.
@@ -212,78 +285,106 @@ class Engine:
         run = self._running.logits()
         left = len(tokens)
         began = time.perf_counter()
-        self._batch.begin([tokens], sampling_arrays(SamplingOptions(), self.plan.batch))
-        for x in self._prompt_chunks([tokens]):
-            rows = np.asarray(x)[0, :left]
-            left -= len(rows)
-            for first in range(0, len(rows), LOGIT_ROWS):
+        self.join(row, tokens, SamplingOptions(), 0)
+        for start, width in self.cuts(left):
+            rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
+            for first in range(0, min(len(rows), width), LOGIT_ROWS):
                 part = rows[first : first + LOGIT_ROWS]
                 padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
                 padded[: len(part)] = part
                 yield np.asarray(run(padded, self._dense.top))[: len(part)]
+        self.leave(row)
         self.stats.prefill.seconds += time.perf_counter() - began
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()
 
-    def _choose(self, last: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-        """The next token of every sequence, `[B]`, and its log-probability, from its last residual row `[B, D]`."""
-        batch, looking = self._batch, self._looking
-        state = None if looking is None else looking.state
-        batch.tokens, logprobs, batch.seen, ahead = self._running.head()(
+    def _tokens(self, rows: list[int]) -> jax.Array:
+        """What the sequences of a step take in, `[B, 1]` on the device."""
+        if self._fed is not None:
+            fed, tokens = self._fed
+            if fed == rows or (self.rows == self.batch and set(rows) <= set(fed)):
+                return tokens
+        state = self._rows
+        tokens = np.zeros((state.batch, 1), np.int32)
+        tokens[state.places(rows), 0] = state.tokens[rows]
+        return jax.device_put(tokens, state.sharding)
+
+    def _choose(self, last: jax.Array, rows: list[int]) -> list[tuple[int, float]]:
+        """The next token of the sequences of some rows, and its log-probability, from residual rows `[B, D]`."""
+        state, looking = self._rows, self._looking
+        places = state.places(rows)
+        active, step = np.zeros(state.batch, bool), np.zeros(state.batch, np.int32)
+        active[places], step[places] = True, state.step[rows]
+        tokens, logprobs, state.seen, ahead = self._running.head()(
             last,
             self._dense.top,
-            batch.seen,
-            batch.step.copy(),
-            batch.sampling,
-            batch.active.copy(),
+            state.seen,
+            step,
+            state.sampling(rows),
+            active,
+            state.index(rows) if state.count != state.batch else None,
             self._first_look,
-            state,
+            None if looking is None else looking.state,
         )
-        batch.step += 1
-        self._token_report = None
+        state.step[rows] += 1
+        self._fed, self._token_report = (rows, tokens), None
         if looking is not None:
             report, looking.state = ahead
-            self._token_report = read_token_report(self.spec, report)
-        batch.inputs = np.asarray(batch.tokens)[:, 0]
-        return batch.inputs, np.asarray(logprobs)
+            self._token_report = rows, read_token_report(self.spec, report)
+        chosen = np.asarray(tokens)[places, 0]
+        state.tokens[rows] = chosen
+        return list(zip(chosen.tolist(), np.asarray(logprobs)[places].tolist(), strict=True))
 
-    def _prompt_chunks(self, prompts: Sequence[np.ndarray]) -> Iterator[jax.Array]:
-        """Run prompts chunk by chunk; yields each chunk's residual stream `[B, T, D]` after the last layer."""
-        batch, looking = self._batch, self._looking
-        for start, width in self._running.chunks(max(len(prompt) for prompt in prompts)):
-            tokens = np.zeros((self.plan.batch, width), np.int32)
-            positions = np.full((self.plan.batch, width), -1, np.int32)
-            index = np.full(self.plan.batch, -1, np.int32)
-            for sequence, prompt in enumerate(prompts):
-                part = prompt[start : start + width]
-                tokens[sequence, : len(part)] = part
-                positions[sequence, : len(part)] = np.arange(start, start + len(part))
-                if start < len(prompt) <= start + width:
-                    index[sequence] = len(prompt) - start - 1
-            span = self._running.span(start + width)
-            absorb = self._running.absorb(width) if looking is not None and looking.state is not None else None
-            serve = functools.partial(self._serve_prompt, self._running.wave(width), absorb)
-            carried = self._layers(width, span, tokens, positions, serve)
-            x, batch.last = self._running.end_chunk(width)(self._dense.finish[-1], carried, batch.last, index)
-            self.stats.prefill.steps += 1
-            yield x
+    def _run_chunk(self, width: int, parts: Sequence[tuple[int, int]], ends: dict[int, int]) -> jax.Array:
+        """Run chunks of prompts: `(row, start)` each; `_last` takes the last row of those in `ends`, at that place.
 
-    def _layers(self, width, span, tokens, positions, serve):  # type: ignore[no-untyped-def]
-        """Every layer of a pass; `serve(index, carried)` sees to the experts of each MoE layer. Returns the last's."""
-        batch, windows, layers, finish = self._batch, self._windows, self._dense.layers, self._dense.finish
+        Returns:
+          The residual stream `[lanes, T, D]` after the last layer.
+        """
+        state, looking = self._rows, self._looking
+        lanes = self.lanes(width)
+        tokens = np.zeros((lanes, width), np.int32)
+        positions = np.full((lanes, width), -1, np.int32)
+        index = np.full(lanes, state.count, np.int32)
+        last = np.array([[0] * lanes, [state.batch] * lanes], np.int32)
+        for lane, (row, start) in enumerate(parts):
+            part = state.prompts[row][start : start + width]
+            tokens[lane, : len(part)] = part
+            positions[lane, : len(part)] = np.arange(start, start + len(part))
+            index[lane] = row
+            if row in ends:
+                last[:, lane] = len(part) - 1, ends[row]
+        span = self._running.span(max(start for _, start in parts) + width)
+        absorb = None
+        if looking is not None and looking.state is not None:
+            absorb = functools.partial(self._absorb, self._running.absorb(width), index)
+        serve = functools.partial(self._serve_prompt, self._running.wave(width), absorb)
+        carried = self._layers(width, span, tokens, positions, index, serve)
+        x, self._last = self._running.end_chunk(width)(self._dense.finish[-1], carried, self._last, last)
+        self.stats.prefill.steps += 1
+        return x
+
+    def _absorb(self, absorb: Any, index: np.ndarray, layer: int, ids: jax.Array) -> None:
+        """A trained predictor hears of a chunk's routes in an MoE layer."""
+        if (looking := self._looking) is not None:
+            looking.state = absorb(looking.looks[1 + layer], looking.state, ids, index)
+
+    def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
+        """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. Returns the last's."""
+        rows, windows, layers, finish = self._rows, self._windows, self._dense.layers, self._dense.finish
         run = self._running.layers(width, span)
         if self.recorder is not None:
-            serve = self.recorder.listen(serve, tokens, positions)
+            serve = self.recorder.listen(serve, tokens, positions, np.arange(rows.count) if index is None else index)
         self._served_at = time.perf_counter()
         looks = self._looks if width == 1 else [None] * len(layers)
-        carried, batch.k[0], batch.v[0], ahead, positions = run[0](
+        carried, rows.k[0], rows.v[0], ahead, places = run[0](
             self._dense.top,
             tokens,
             layers[0],
-            batch.k[0],
-            batch.v[0],
+            rows.k[0],
+            rows.v[0],
             windows[0],
-            positions,
+            (positions, index),
             looks[0],
             self._look_state(looks[0]),
         )
@@ -293,14 +394,14 @@ class Engine:
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
                 self._served_at = time.perf_counter()
-            carried, batch.k[layer], batch.v[layer], ahead = run[layer](
+            carried, rows.k[layer], rows.v[layer], ahead = run[layer](
                 finish[before],
                 carried,
                 layers[layer],
-                batch.k[layer],
-                batch.v[layer],
+                rows.k[layer],
+                rows.v[layer],
                 windows[layer],
-                positions,
+                places,
                 looks[layer],
                 self._look_state(looks[layer]),
             )
@@ -371,9 +472,8 @@ class Engine:
     def _serve_prompt(self, wave, absorb, index: int, carried):  # type: ignore[no-untyped-def]
         """Outputs of every routed row of MoE layer `index`, wave by wave; a trained predictor hears of its routes."""
         routed, rows, outputs = carried
-        if absorb is not None and self._looking is not None:
-            looking = self._looking
-            looking.state = absorb(looking.looks[1 + index], looking.state, routed.ids)
+        if absorb is not None:
+            absorb(index, routed.ids)
         counts = np.asarray(rows.sizes)
         self._note(COMPUTE, f"prompt, layer {index}", self._served_at)
         for part in self.scheduler.serve_prompt(index, counts):

@@ -60,14 +60,14 @@ class LookAhead:
       model: the model.
       spec: what is computed.
       dense: the model's weights, for its norms and routers.
-      batch: B.
+      rows: R, sequences that are held.
       sharding: where the arrays go.
       correction: the trained one, where `spec` has one.
 
     Attributes:
       spec: what is computed.
       looks: arguments for each source: the embedding of a new token, then each MoE layer.
-      state: f32 `[B, W]` on the device, what the correction remembers of the running token; programs donate it.
+      state: f32 `[R, W]` on the device, what the correction remembers of each sequence; programs donate it.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class LookAhead:
         spec: LookAheadSpec,
         dense: DenseWeights,
         *,
-        batch: int,
+        rows: int,
         sharding: jax.sharding.Sharding,
         correction: Correction | None = None,
     ) -> None:
         self.spec = spec
-        self._batch, self._sharding = batch, sharding
+        self._rows, self._sharding = rows, sharding
 
         def place(tree: Any) -> Any:
             return jax.device_put(tree, sharding)
@@ -115,9 +115,9 @@ class LookAhead:
         ]
 
     def reset(self) -> None:
-        """New sequences: nothing is known of a token before."""
+        """Nothing is known of any sequence."""
         corrected = self.spec.correction
-        shape = None if corrected is None else state_shape(corrected, self._batch)
+        shape = None if corrected is None else state_shape(corrected, self._rows)
         self.state = None if shape is None else jnp.zeros(shape.shape, shape.dtype, device=self._sharding)
 
 
@@ -223,20 +223,20 @@ def look_shapes(model: ModelSpec, spec: LookAheadSpec, sharding: jax.sharding.Sh
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), Look._make(shapes))
 
 
-def state_shape(spec: CorrectionSpec, batch: int) -> jax.ShapeDtypeStruct:
-    """Of what a correction carries through a step."""
-    return jax.ShapeDtypeStruct((batch, spec.state_width), np.float32)
+def state_shape(spec: CorrectionSpec, rows: int) -> jax.ShapeDtypeStruct:
+    """Of what a correction remembers of `rows` sequences."""
+    return jax.ShapeDtypeStruct((rows, spec.state_width), np.float32)
 
 
-def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, batch: int) -> int:
-    """Device bytes that a look ahead keeps for `batch` sequences."""
+def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, rows: int) -> int:
+    """Device bytes that a look ahead keeps for `rows` sequences."""
     if spec is None:
         return 0
     layers = len(model.moe_layers)
     arrays = jax.tree.leaves(router_stack_shapes(model, spec.distances))
     if spec.correction is not None:
         common, source = correction.leaf_shapes(spec.correction)
-        arrays += [*common, *(list(source) * layers), state_shape(spec.correction, batch)]
+        arrays += [*common, *(list(source) * layers), state_shape(spec.correction, rows)]
     arrays.append(jax.ShapeDtypeStruct((layers + 1, spec.distances, model.experts.count), np.float32))
     return sum(array.size * array.dtype.itemsize for array in arrays)
 

@@ -3,13 +3,16 @@
 Ahead-of-time executables are called directly. A call with another shape raises instead of recompiling, which is how
 "no recompilation" is enforced, and each executable's own memory analysis gives the plan its workspace.
 
-A prompt's chunk is `begin`, then for each layer its `wave`s and `between`, then `end_chunk`; after the last chunk,
-`head`. A decode step is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet
-may run those that are by `there`. Arguments are in the order that each docstring gives them. "finish" are the leaves
-of `finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program: for a dense layer the
-residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding, with the outputs of the experts
-that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the arguments of a look ahead and
-"ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody looks ahead.
+The engine holds R sequences, each with a row of the key/value caches. A chunk of prompts is `begin`, then for each
+layer its `wave`s and `between`, then `end_chunk`; after a prompt's last chunk, `head`. A decode step of B of the
+sequences is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet may run those
+that are by `there`. Arguments are in the order that each docstring gives them. "rows" are the rows of a pass's
+sequences, R for places that are empty; None in a decode step of an engine with R = B, where place and row are one.
+"finish" are the leaves of `finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program:
+for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding, with the
+outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the arguments
+of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody looks
+ahead.
 """
 
 import concurrent.futures
@@ -24,7 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.program_memory import program_memory
-from ef_jax.nn import cache_shape, dense_shapes, finish_paths, layer_definition, merge_top, top_definition
+from ef_jax.nn import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    cache_shape,
+    dense_shapes,
+    finish_paths,
+    layer_definition,
+    merge_top,
+    top_definition,
+)
 from ef_jax.runtime import steps
 from ef_jax.runtime.look_ahead import (
     LookAheadSpec,
@@ -48,11 +60,18 @@ _EXECUTABLES: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 _MOST_EXECUTABLES = 256
 
 
+PASS_TOKENS = 1024
+"""Tokens that a pass of prompts takes, or one chunk if that is more: decode steps wait for no longer a pass."""
+
+
 class Programs:
-    """Executables of one engine: `batch` sequences of up to `context` tokens over a pool of `pool_slots` slots.
+    """Executables of one engine: `rows` sequences of up to `context` tokens, of which a decode step runs `batch`, over
+    a pool of `pool_slots` slots.
 
     A pass over `width` tokens a sequence (1 when decoding, else one of `chunk_widths`) reads the first `span`
-    positions of the key/value caches, one of `spans`; there are few of both. `compile_for` compiles what a run needs.
+    positions of the key/value caches, one of `spans`; there are few of both, and how many sequences it takes depends on
+    the width alone (`lanes`). So a sequence's results do not depend on its company. `compile_for` compiles what a
+    sequence needs.
     """
 
     def __init__(
@@ -64,9 +83,11 @@ class Programs:
         chunk: int,
         pool_slots: int,
         sharding: jax.sharding.Sharding,
+        rows: int | None = None,
         look_ahead: LookAheadSpec | None = None,
     ) -> None:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
+        self.rows = batch if rows is None else rows
         self.look_ahead = look_ahead
         self.chunk_widths = chunk_widths(min(chunk, context))
         self.spans = spans(context)
@@ -95,25 +116,32 @@ class Programs:
         """Compile every program for every width and span."""
         widths = (1, *self.chunk_widths)
         passes = [program for width in widths for span in self.spans for program in self._pass(width, span)]
-        _in_parallel([*passes, self.there, self.end_step, self.head, self.logits])
+        _in_parallel([*passes, self.there, self.end_step, self.head, self.join, self.logits])
 
     def compile_largest(self) -> None:
-        """Compile the programs with the largest workspace: the widest chunk over the whole context, and the heads."""
-        width, span = self.chunk_widths[-1], self.spans[-1]
-        _in_parallel([*self._pass(width, span), self.end_step, self.head, self.logits])
+        """Compile the programs with the largest workspace: over the whole context, the chunks of most tokens and those
+        of most queries at once, and the heads."""
+        span = self.spans[-1]
+        by_tokens = max(self.chunk_widths, key=lambda width: (self.lanes(width) * width, width))
+        by_queries = max(self.chunk_widths, key=lambda width: (self.lanes(width) * min(width, QUERY_BLOCK), width))
+        passes = [program for width in {by_tokens, by_queries} for program in self._pass(width, span)]
+        _in_parallel([*passes, self.end_step, self.head, self.join, self.logits])
 
-    def compile_for(self, lengths: Sequence[int], until: int) -> None:
-        """Compile what prompts of `lengths` need, decoded until `until` positions are taken."""
-        longest = max(lengths)
+    def compile_for(self, length: int, until: int) -> None:
+        """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken."""
         wanted: list[Callable[[], Compiled]] = []
-        for start, width in self.chunks(longest):
+        for start, width in self.chunks(length):
             wanted += self._pass(width, self.span(start + width))
-        for span in self.spans if until > longest else ():
-            if self.span(longest + 1) <= span <= self.span(until):
+        for span in self.spans if until > length else ():
+            if self.span(length + 1) <= span <= self.span(until):
                 wanted += self._pass(1, span)
-        if until > longest and self.pool_slots < self.spec.total_experts:
+        if until > length and self.pool_slots < self.spec.total_experts:
             wanted.append(self.there)
         _in_parallel(wanted)
+
+    def lanes(self, width: int) -> int:
+        """Sequences of a pass of that width."""
+        return self.batch if width == 1 else min(self.batch, max(1, PASS_TOKENS // width))
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
@@ -125,8 +153,8 @@ class Programs:
             start += width
 
     def span(self, positions: int) -> int:
-        """The least span that holds `positions` positions; the whole context for more."""
-        return next((span for span in self.spans if span >= positions), self.context)
+        """The least span that holds `positions` positions; the whole cache for more."""
+        return next((span for span in self.spans if span >= positions), self.spans[-1])
 
     @property
     def workspace_bytes(self) -> int:
@@ -156,37 +184,39 @@ class Programs:
         return passes
 
     def begin(self, width: int, span: int) -> Compiled:
-        """`(top, tokens, leaves, k, v, window, positions, look, state) -> carried, k, v, ahead, positions`: embedding
-        and first layer. `k`, `v` and `state` are donated.
+        """`(top, tokens, leaves, k, v, window, (positions, rows), look, state) -> carried, k, v, ahead, (positions,
+        rows)`: embedding and first layer. `k`, `v` and `state` are donated.
 
-        Positions come back as a device array, which the other layers take without another copy.
+        Positions and rows come back as device arrays, which the other layers take without another copy.
         """
         kind = self._kinds[0]
 
-        def begin(top, tokens, leaves, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
+        def begin(top, tokens, leaves, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
-            return *self._enter(width, span, kind, leaves, x, k, v, window, positions, look, state), positions
+            return *self._enter(width, span, kind, leaves, x, k, v, window, places, look, state), places
 
         def inputs() -> tuple[Any, ...]:
-            tokens = self._device_int(self.batch, 1) if width == 1 else self._int(self.batch, width)
-            positions = self._int(self.batch, width)
-            layer = (self._leaves(kind), *self._layer_inputs(), positions, *self._look(width, kind))
+            lanes = self.lanes(width)
+            tokens = self._device_int(lanes, 1) if width == 1 else self._int(lanes, width)
+            places = (self._int(lanes, width), self._int(lanes) if self._finds_rows(width) else None)
+            layer = (self._leaves(kind), *self._layer_inputs(), places, *self._look(width, kind))
             return (self._top_leaves(), tokens, *layer)
 
         return self._program(("begin", width, span), begin, inputs, donate=(3, 4, 8))
 
     def between(self, width: int, span: int, before: steps.FFNKind, after: steps.FFNKind) -> Compiled:
-        """`(finish, carried, next leaves, k, v, window, positions, look, state) -> carried, k, v, ahead`: from one
-        layer into the next. `k`, `v` and `state` are donated."""
+        """`(finish, carried, next leaves, k, v, window, (positions, rows), look, state) -> carried, k, v, ahead`: from
+        one layer into the next. `k`, `v` and `state` are donated."""
 
-        def between(finish, carried, leaves, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
+        def between(finish, carried, leaves, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
             x = self._leave(width, before, finish, carried)
-            return self._enter(width, span, after, leaves, x, k, v, window, positions, look, state)
+            return self._enter(width, span, after, leaves, x, k, v, window, places, look, state)
 
         def inputs() -> tuple[Any, ...]:
-            carried = self._carried(width, before)
-            positions = self._device_int(self.batch, width)
-            layer = (self._leaves(after), *self._layer_inputs(), positions, *self._look(width, after))
+            carried, lanes = self._carried(width, before), self.lanes(width)
+            rows = self._device_int(lanes) if self._finds_rows(width) else None
+            places = (self._device_int(lanes, width), rows)
+            layer = (self._leaves(after), *self._layer_inputs(), places, *self._look(width, after))
             return (self._finish(before), carried, *layer)
 
         return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4, 8))
@@ -212,13 +242,14 @@ class Programs:
         return self._program(("wave", width), wave, inputs, donate=(1,))
 
     def absorb(self, width: int) -> Compiled:
-        """`(look, state, ids [B, T, K]) -> state` (donated): what a prompt's chunk leaves for a correction to know."""
+        """`(look, state, ids [B, T, K], rows) -> state` (donated): what a chunk leaves for a correction to know."""
 
-        def absorb(look, state, ids):  # type: ignore[no-untyped-def]
-            return absorb_chunk(self.look_ahead, look, state, ids)
+        def absorb(look, state, ids, rows):  # type: ignore[no-untyped-def]
+            return _put(state, rows, absorb_chunk(self.look_ahead, look, _take(state, rows), ids))
 
         def inputs() -> tuple[Any, ...]:
-            return (*self._look(1, "moe"), self._device_int(self.batch, width, self.spec.experts.top_k))
+            lanes = self.lanes(width)
+            return (*self._look(1, "moe"), self._device_int(lanes, width, self.spec.experts.top_k), self._int(lanes))
 
         return self._program(("absorb", width), absorb, inputs, donate=(1,))
 
@@ -232,45 +263,64 @@ class Programs:
         return self._program(("end_step",), end_step, lambda: (self._finish(kind), self._carried(1, kind)))
 
     def end_chunk(self, width: int) -> Compiled:
-        """`(finish, carried, last, index) -> x, last`: the residual stream after the last layer of a chunk.
+        """`(finish, carried, last, ends) -> x, last`: the residual stream after the last layer of a chunk.
 
-        `last` `[B, D]` (donated) takes the row `index[b]` of each sequence whose prompt ends in the chunk; -1: none.
+        `last` `[B, D]` (donated) takes at `ends[1, b]` the row `ends[0, b]` of each sequence b whose prompt ends in the
+        chunk; B and beyond: none.
         """
         kind = self._kinds[-1]
 
-        def end_chunk(finish, carried, last, index):  # type: ignore[no-untyped-def]
+        def end_chunk(finish, carried, last, ends):  # type: ignore[no-untyped-def]
             x = self._leave(width, kind, finish, carried)
-            ends = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
-            return x, jnp.where(index[:, None] >= 0, ends, last)
+            rows = jnp.take_along_axis(x, ends[0][:, None, None], axis=1)[:, 0]
+            return x, _put(last, ends[1], rows)
 
         def inputs() -> tuple[Any, ...]:
             last = self._float(self.batch, self.spec.hidden)
-            return (self._finish(kind), self._carried(width, kind), last, self._int(self.batch))
+            return (self._finish(kind), self._carried(width, kind), last, self._int(2, self.lanes(width)))
 
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
 
-    def head(self) -> Compiled:
-        """`(last [B, D], top, seen, step, sampling, active [B], look, state) -> tokens [B, 1], logprobs [B], seen,
-        ahead`: the next token. `seen` and `state` are donated."""
+    def join(self) -> Compiled:
+        """`(seen, state, row, mask [V]) -> seen, state` (donated): a new sequence has a row, and `mask` its tokens."""
 
-        def head(last, top, seen, step, sampling, active, look, state):  # type: ignore[no-untyped-def]
+        def join(seen, state, row, mask):  # type: ignore[no-untyped-def]
+            return seen.at[row].set(mask), None if state is None else state.at[row].set(0)
+
+        def inputs() -> tuple[Any, ...]:
+            mask = jax.ShapeDtypeStruct((self.spec.vocab,), np.bool_)
+            return (self._seen(), self._look(1, "moe")[1], self._int(), mask)
+
+        return self._program(("join",), join, inputs, donate=(0, 1))
+
+    def head(self) -> Compiled:
+        """`(last [B, D], top, seen [R, V], step [B], sampling [B], active [B], rows, look, state) -> tokens [B, 1],
+        logprobs [B], seen, ahead`: the next token. `seen` and `state` are donated."""
+
+        def head(last, top, seen, step, sampling, active, rows, look, state):  # type: ignore[no-untyped-def]
             ends = self._top(top)
             logits = ends.logits(last)
             with jax.named_scope("sample"):
-                tokens, logprobs = sample(logits, seen, step, sampling)
+                tokens, logprobs = sample(logits, _take(seen, rows), step, sampling)
             ahead = None
             if self.look_ahead is not None:
-                embedded = ends.embed_tokens(tokens)
-                ahead = look_from_token(self.spec, self.look_ahead, look, embedded, tokens, active, state)
+                embedded, known = ends.embed_tokens(tokens), _take(state, rows)
+                report, known = look_from_token(self.spec, self.look_ahead, look, embedded, tokens, active, known)
+                ahead = report, _put(state, rows, known)
             chosen = tokens[:, None]
-            return chosen, logprobs, mark_seen(seen, chosen, jnp.ones_like(chosen, bool)), ahead
+            return chosen, logprobs, mark_seen(seen, chosen, active[:, None], rows), ahead
 
         def inputs() -> tuple[Any, ...]:
             active = jax.ShapeDtypeStruct((self.batch,), np.bool_)
             last = self._float(self.batch, self.spec.hidden)
-            return (last, self._top_leaves(), *self._sampling_inputs(), active, *self._look(1, "moe"))
+            sampling = jax.tree.map(
+                lambda o: self._array(o.shape, o.dtype), sampling_arrays([(SamplingOptions(), 0)] * self.batch)
+            )
+            rows = self._int(self.batch) if self._finds_rows(1) else None
+            step = self._int(self.batch)
+            return (last, self._top_leaves(), self._seen(), step, sampling, active, rows, *self._look(1, "moe"))
 
-        return self._program(("head",), head, inputs, donate=(2, 7))
+        return self._program(("head",), head, inputs, donate=(2, 8))
 
     def logits(self) -> Compiled:
         """`(rows [LOGIT_ROWS, D], top) -> f32 [LOGIT_ROWS, V]`."""
@@ -312,16 +362,22 @@ class Programs:
             return False
         if key[0] in ("begin", "between"):
             return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]) == "moe")
-        return bool(key[0] in ("head", "absorb"))
+        return bool(key[0] in ("head", "absorb") or (key[0] == "join" and self.look_ahead.correction is not None))
 
-    def _enter(self, width, span, kind, leaves, x, k, v, window, positions, look, state):  # type: ignore[no-untyped-def]
-        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span)
+    def _finds_rows(self, width: int) -> bool:
+        """Sequences of a pass have rows of other numbers than their places."""
+        return width > 1 or self.rows != self.batch
+
+    def _enter(self, width, span, kind, leaves, x, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
+        positions, rows = places
+        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span, rows)
         if not isinstance(entered, steps.Routed):
             return entered, k, v, None
         if width == 1:
             if self.look_ahead is None:
                 return entered, k, v, None
-            return entered, k, v, look_from_layer(self.spec, self.look_ahead, look, entered, state)
+            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, _take(state, rows))
+            return entered, k, v, (report, _put(state, rows, known))
         rows = steps.sort_rows(entered, self.spec.experts.count)
         return (entered, rows, jnp.zeros_like(rows.rows)), k, v, None
 
@@ -350,7 +406,8 @@ class Programs:
         if key not in self._compiled:
             pool_slots = self.pool_slots if self._reads_pool(key) else None
             look_ahead = self.look_ahead if self._looks_ahead(key) else None
-            place = (self.spec, self.batch, self.context, pool_slots, look_ahead, self._sharding, key)
+            sizes = (self.batch, self.rows, self.context, pool_slots)
+            place = (self.spec, *sizes, look_ahead, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
@@ -392,25 +449,26 @@ class Programs:
         return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
 
     def _layer_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = cache_shape(self.spec, self.batch, self.context)
+        shape = cache_shape(self.spec, self.rows, self.context)
         cache = self._array(shape.shape, shape.dtype)
         return cache, cache, self._device_int()
 
     def _routed(self, width: int) -> Any:
-        hidden = self._float(self.batch, width, self.spec.hidden)
-        chosen = (self.batch, width, self.spec.experts.top_k)
+        lanes = self.lanes(width)
+        hidden = self._float(lanes, width, self.spec.hidden)
+        chosen = (lanes, width, self.spec.experts.top_k)
         weights = jnp.dtype(self.spec.dtype if self.spec.router.dtype == "model" else np.float32)
         return steps.Routed._make((hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights)))
 
     def _sorted(self, width: int) -> tuple[Any, jax.ShapeDtypeStruct]:
-        rows = self.batch * width * self.spec.experts.top_k
+        rows = self.lanes(width) * width * self.spec.experts.top_k
         flat = self._float(rows, self.spec.hidden)
         sizes = self._device_int(self.spec.experts.count)
         return steps.SortedRows._make((flat, self._device_int(rows), sizes)), flat
 
     def _carried(self, width: int, kind: steps.FFNKind) -> Any:
         if kind == "dense":
-            return self._float(self.batch, width, self.spec.hidden)
+            return self._float(self.lanes(width), width, self.spec.hidden)
         if width == 1:
             outputs = self._float(self.batch * self.spec.experts.top_k, self.spec.hidden)
             return self._routed(1), self._pool(), self._int(self.spec.experts.count), outputs
@@ -423,14 +481,22 @@ class Programs:
             return None, None
         state = None
         if self.look_ahead.correction is not None:
-            shape = state_shape(self.look_ahead.correction, self.batch)
+            shape = state_shape(self.look_ahead.correction, self.rows)
             state = self._array(shape.shape, shape.dtype)
         return look_shapes(self.spec, self.look_ahead, self._sharding), state
 
-    def _sampling_inputs(self) -> tuple[Any, ...]:
-        seen = self._array((self.batch, self.spec.vocab), np.bool_)
-        sampling = jax.tree.map(lambda o: self._array(o.shape, o.dtype), sampling_arrays(SamplingOptions(), self.batch))
-        return seen, self._int(self.batch), sampling
+    def _seen(self) -> jax.ShapeDtypeStruct:
+        return self._array((self.rows, self.spec.vocab), np.bool_)
+
+
+def _take(array, rows):  # type: ignore[no-untyped-def]
+    """Some rows of an array; all of them where there are no rows."""
+    return array if array is None or rows is None else array.at[rows].get(mode="clip")
+
+
+def _put(array, rows, new):  # type: ignore[no-untyped-def]
+    """The array with new rows, those beyond its end left out; `new` itself where there are no rows."""
+    return new if new is None or rows is None else array.at[rows].set(new, mode="drop")
 
 
 def chunk_widths(chunk: int) -> tuple[int, ...]:
@@ -439,13 +505,15 @@ def chunk_widths(chunk: int) -> tuple[int, ...]:
 
 
 def spans(context: int) -> tuple[int, ...]:
-    """Lengths of the caches that programs read: powers of four from 256, and the whole context."""
+    """Lengths of the caches that programs read: a key block times powers of four, and all that holds the context."""
+    if context <= KEY_BLOCK:
+        return (context,)
     shorter = []
-    span = 256
+    span = KEY_BLOCK
     while span < context:
         shorter.append(span)
         span *= 4
-    return (*shorter, context)
+    return (*shorter, context + -context % KEY_BLOCK)
 
 
 def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:

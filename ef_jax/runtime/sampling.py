@@ -8,11 +8,12 @@ passes, 25 times faster on a CPU than sorting a vocabulary of 151,936. The draw 
 levels, which needs two uniform numbers a sequence where the Gumbel trick needs V.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -24,27 +25,27 @@ _BLOCK = 256
 class SamplingArrays(NamedTuple):
     """`SamplingOptions` as the device sees them, one value a sequence."""
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    repetition_penalty: Float[Array, " B"]
-    seed: UInt[Array, " B"]
-    sequence: Int[Array, " B"]
+    temperature: Float[Array | np.ndarray, " B"]
+    top_k: Int[Array | np.ndarray, " B"]
+    top_p: Float[Array | np.ndarray, " B"]
+    repetition_penalty: Float[Array | np.ndarray, " B"]
+    seed: UInt[Array | np.ndarray, " B"]
+    sequence: Int[Array | np.ndarray, " B"]
 
 
-def sampling_arrays(options: SamplingOptions, count: int, first: int = 0) -> SamplingArrays:
-    """Device arrays of `options` for `count` sequences of a call, numbered from `first`; make them once a batch.
+def sampling_arrays(sequences: Sequence[tuple[SamplingOptions, int]]) -> SamplingArrays:
+    """Host arrays of the options of some sequences, each with the number that its random draws go by.
 
-    A call that is served in several batches passes the number of each batch's first sequence, so that batching
-    changes no draw.
+    A sequence that keeps its number keeps its draws, whatever company it has.
     """
+    options = [each for each, _ in sequences]
     return SamplingArrays(
-        temperature=jnp.full(count, options.temperature, jnp.float32),
-        top_k=jnp.full(count, options.top_k, jnp.int32),
-        top_p=jnp.full(count, options.top_p, jnp.float32),
-        repetition_penalty=jnp.full(count, options.repetition_penalty, jnp.float32),
-        seed=jnp.full(count, options.seed, jnp.uint32),
-        sequence=jnp.arange(first, first + count, dtype=jnp.int32),
+        temperature=np.array([each.temperature for each in options], np.float32),
+        top_k=np.array([each.top_k for each in options], np.int32),
+        top_p=np.array([each.top_p for each in options], np.float32),
+        repetition_penalty=np.array([each.repetition_penalty for each in options], np.float32),
+        seed=np.array([each.seed for each in options], np.uint32),
+        sequence=np.array([number for _, number in sequences], np.int32),
     )
 
 
@@ -80,10 +81,15 @@ def sample(
     return tokens, chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=1))
 
 
-def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Bool[Array, "B V"]:
-    """`seen` with `tokens` [B, T] added where `valid`: a padded prompt, or one new token with T = 1."""
-    rows = jnp.arange(seen.shape[0])[:, None]
-    return seen.at[rows, jnp.where(valid, tokens, seen.shape[1])].set(True, mode="drop")
+def mark_seen(
+    seen: Bool[Array, "R V"],
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    rows: Int[Array, " B"] | None = None,
+) -> Bool[Array, "R V"]:
+    """`seen` with `tokens` [B, T] added where `valid`, to the first B of its rows or to `rows`."""
+    places = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
+    return seen.at[places, jnp.where(valid, tokens, seen.shape[1])].set(True, mode="drop")
 
 
 def _draw(penalised: Float[Array, "B V"], step: Int[Array, " B"], arrays: SamplingArrays) -> Int[Array, " B"]:

@@ -141,19 +141,21 @@ def enter_layer(
     ffn: FFNKind,
     leaves: Leaves,
     x: Float[Array, "B T D"],
-    k: Shaped[Array, "B N C hd"],
-    v: Shaped[Array, "B N C hd"],
+    k: Shaped[Array, "R N C hd"],
+    v: Shaped[Array, "R N C hd"],
     positions: Int32[Array, "B T"],
     window: Int32[Array, ""],
     span: int,
-) -> tuple[Routed | Float[Array, "B T D"], Shaped[Array, "B N C hd"], Shaped[Array, "B N C hd"]]:
-    """Attention of a layer over the cache's first `span` positions, then its router, or its whole dense network.
+    rows: Int32[Array, " B"] | None = None,
+) -> tuple[Routed | Float[Array, "B T D"], Shaped[Array, "R N C hd"], Shaped[Array, "R N C hd"]]:
+    """Attention of a layer over the first `span` positions of the caches' `rows`, then its router, or its whole dense
+    network.
 
     Returns:
       `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated keys and values.
     """
     layer = merge_layer(layer_definition(spec, ffn)[0], leaves)
-    x, k, v = layer.attend(x, k, v, positions, window, span)
+    x, k, v = layer.attend(x, k, v, positions, window, span, rows)
     if ffn == "dense":
         return layer.finish(x, layer.ffn_input(x)), k, v
     x = jax.lax.optimization_barrier(x)  # the router reads x as it is passed on, rounded

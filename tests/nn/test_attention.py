@@ -66,6 +66,36 @@ def test_a_lone_bfloat16_row_is_padded_without_effect() -> None:
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 4, 2), (3, 1, 8, 2), (8, 1, 4, 4), (2, 16, 8, 2), (1, 100, 4, 2)])
+def test_unseen_blocks_of_keys_change_no_bit(shape: tuple[int, int, int, int], dtype: str) -> None:
+    batch, tokens, heads, kv_heads = shape
+    q, k, v = inputs(tokens, 4 * nn.KEY_BLOCK, heads=heads, kv_heads=kv_heads, dtype=dtype, batch=batch)
+    last = np.random.default_rng(1).integers(tokens - 1, nn.KEY_BLOCK, (batch, 1))
+    positions = jnp.asarray(last - np.arange(tokens)[::-1], jnp.int32)
+    attend = jax.jit(nn.attend)
+    spans = [nn.KEY_BLOCK * blocks for blocks in (1, 2, 3, 4)]
+    least, *others = (attend(q, k[:, :, :n], v[:, :, :n], positions, jnp.int32(nn.FULL_WINDOW)) for n in spans)
+    for other in others:
+        np.testing.assert_array_equal(other, least)
+
+
+def test_sequences_find_their_rows_of_the_cache() -> None:
+    _, k, _ = inputs(2, 8, batch=4)
+    new, positions = jnp.ones((2, 2, 2, 8)), jnp.asarray([[3, 4], [5, -1]], jnp.int32)
+    written = np.asarray(nn.write_cache(k, new, positions, jnp.asarray([2, 0], jnp.int32)))
+    changed = np.argwhere((written != np.asarray(k)).any((1, 3))).tolist()
+    assert changed == [[0, 5], [2, 3], [2, 4]]
+    dropped = nn.write_cache(k, new, positions, jnp.asarray([4, 4], jnp.int32))
+    np.testing.assert_array_equal(dropped, k)
+
+
+@pytest.mark.parametrize("power", [0.0, -1e-6, -0.3, -1.0, -50.0, -87.0])
+def test_exponential(power: float) -> None:
+    np.testing.assert_allclose(nn.exp_of_negative(jnp.float32(power)), np.exp(np.float32(power)), rtol=1e-6)
+    assert nn.exp_of_negative(jnp.float32(-1e30)) < 2e-38
+
+
 def test_padding_is_finite_and_touches_nothing() -> None:
     q, k, v = inputs(3, 8)
     positions = jnp.asarray([[0, 1, 2], [-1, 0, -1]], jnp.int32)

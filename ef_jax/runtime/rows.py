@@ -1,0 +1,85 @@
+"""The sequences that an engine holds: keys and values, lengths, sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from ef_jax.nn import cache_shape
+from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
+from ef_jax.spec import ModelSpec
+
+_NOBODY = (SamplingOptions(), 0)
+_MOST_GROUPS = 64
+
+
+class Rows:
+    """R rows of the key/value caches and what else belongs to the sequence in each.
+
+    Args:
+      spec: the model.
+      rows: R.
+      batch: B, sequences of a step.
+      context: tokens a sequence.
+      device: where the arrays are.
+
+    Attributes:
+      k, v: one device array a decoder layer, `[R, N, C, hd]` (`cache_shape`); programs donate and replace them.
+      seen: bool `[R, V]` on the device, tokens of prompt and text so far.
+      prompts: each row's prompt.
+      length: int32 `[R]`, tokens in the caches.
+      step: int32 `[R]`, tokens generated.
+      tokens: int32 `[R]`, the last of them, which no layer has run on yet.
+    """
+
+    def __init__(self, spec: ModelSpec, *, rows: int, batch: int, context: int, device: jax.Device) -> None:
+        self.sharding = jax.sharding.SingleDeviceSharding(device)
+        self.count, self.batch = rows, batch
+        self._spec, self._context = spec, context
+        self.prompts: list[np.ndarray] = [np.zeros(0, np.int32)] * rows
+        self.length, self.step, self.tokens = (np.zeros(rows, np.int32) for _ in range(3))
+        self._options = [_NOBODY] * rows
+        self._sampling: dict[tuple[int, ...], SamplingArrays] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """New arrays on the device: what was in them is gone."""
+        cache = cache_shape(self._spec, self.count, self._context)
+        zeros = jax.jit(lambda: jnp.zeros(cache.shape, cache.dtype), out_shardings=self.sharding)
+        self.k = [zeros() for _ in self._spec.layers]
+        self.v = [zeros() for _ in self._spec.layers]
+        self.seen = jnp.zeros((self.count, self._spec.vocab), bool, device=self.sharding)
+
+    @property
+    def lost(self) -> bool:
+        """A program that failed has taken arrays with it."""
+        return any(array.is_deleted() for array in (*self.k, *self.v, self.seen))
+
+    def join(self, row: int, prompt: Int32[np.ndarray, "T"], options: SamplingOptions, draw: int) -> None:
+        """A new sequence takes a row; what the caches hold of the last one is overwritten as it runs."""
+        self.prompts[row] = prompt
+        self.length[row] = self.step[row] = 0
+        self._options[row] = options, draw
+        self._sampling.clear()
+
+    def places(self, rows: list[int]) -> list[int]:
+        """Where the sequences of `rows` stand in a step: each in the place of its row, where there is one for each."""
+        return rows if self.count == self.batch else list(range(len(rows)))
+
+    def index(self, rows: list[int]) -> Int32[np.ndarray, "B"]:
+        """The row in each place of a step; R in those that are empty."""
+        index = np.full(self.batch, self.count, np.int32)
+        index[self.places(rows)] = rows
+        return index
+
+    def sampling(self, rows: list[int]) -> SamplingArrays:
+        """The sampling options of a step, on the device."""
+        key = () if self.count == self.batch else tuple(rows)
+        if key not in self._sampling:
+            if len(self._sampling) == _MOST_GROUPS:
+                self._sampling.clear()
+            of_place = [_NOBODY] * self.batch if key else list(self._options)
+            for place, row in zip(self.places(rows), rows, strict=True):
+                of_place[place] = self._options[row]
+            self._sampling[key] = jax.device_put(sampling_arrays(of_place), self.sharding)
+        return self._sampling[key]
