@@ -23,10 +23,12 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
+from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
-from ef_jax.predict.predictor_file import load_predictor, read_predictor_manifest
+from ef_jax.predict.paths import Paths
+from ef_jax.predict.predictor_file import load_predictor, load_routing_path, read_predictor_manifest
 from ef_jax.prefetching import ALL_RESIDENT, Prefetching, settle
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
@@ -34,6 +36,7 @@ from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec, look_ahead_bytes
 from ef_jax.runtime.programs import Programs
+from ef_jax.runtime.routing_paths import RoutingPaths, routing_path_bytes
 from ef_jax.schedule.async_link import AsyncLink, blocks_ahead
 from ef_jax.schedule.device_link import DeviceLink, blocks_in_flight, resolve_copy_mode
 from ef_jax.schedule.emulated_link import EmulatedLink
@@ -67,6 +70,7 @@ def load(
     policy: str = "lru",
     prefetch: int | str = "auto",
     predictor: str | Path | None = None,
+    routing_path: str | Path | None = None,
     candidates: str = "value",
     order: str = "auto",
     dtype: str | None = None,
@@ -96,6 +100,9 @@ def load(
       predictor: what says which experts are likely: "pregate" (coming layers' routers on the hidden state of now),
         "history" (what was used before), "none", or the directory of a predictor that `ef-jax train-predictor` made for
         this model. None: the pre-gate, or none where nothing is prefetched. No predictor changes a result.
+      routing_path: the directory of a predictor that `ef-jax train-predictor --kind routing_path` made for this model.
+        It says what a token uses in all layers as soon as the token is known, to the other predictor, which it makes
+        better far ahead, to the policies that listen, and to the token scheduler. None: nothing does.
       candidates: how prefetches are chosen, a name of `ef_jax.schedule.prefetch.CANDIDATES`.
       order: "resident_first" runs the rows of resident experts while others are on their way, "together" waits for
         all; "auto" decides by how long it would wait. It does not change a result.
@@ -123,13 +130,30 @@ def load(
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
         overlaps = mode == "async" or emulated is not None
-        settled = settle(spec, prefetch=prefetch, predictor=predictor, overlaps=overlaps)
+        settled = settle(
+            spec,
+            prefetch=prefetch,
+            predictor=predictor,
+            routing_path=routing_path,
+            overlaps=overlaps,
+            policy_listens=POLICIES[policy].wants_predictions,
+            regroups=(request.rows or request.batch) > request.batch,
+        )
         checked_order = check_order(order)
         check_candidates(candidates)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
         prefetches = settled.prefetch != "off"
-        plan, programs = plan_model(spec, request, device, copy_mode, look_ahead=look, prefetches=prefetches)
+        paths = None if settled.routing_path is None else read_predictor_manifest(settled.routing_path, RoutingPathSpec)
+        plan, programs = plan_model(
+            spec,
+            request,
+            device,
+            copy_mode,
+            look_ahead=look,
+            routing_path=None if paths is None else paths.spec,
+            prefetches=prefetches,
+        )
         check_host_pool(spec, device.platform)
         _LOG.info("%s", plan)
         if on_plan is not None:
@@ -162,6 +186,7 @@ def load(
         device_link if emulated is None else EmulatedLink(device_link, emulated),
         device,
         look_ahead=None if look is None else _look_ahead(spec, look, settled.trained, dense, plan.rows, device),
+        routing_paths=_routing_paths(spec, settled.routing_path, dense, plan, device),
         predictor=_predictor(spec, settled, look),
         prefetching=settled,
         candidates=candidates,
@@ -214,6 +239,7 @@ def plan_model(
     copy_mode: str | None = None,
     *,
     look_ahead: LookAheadSpec | None = None,
+    routing_path: RoutingPathSpec | None = None,
     prefetches: bool = False,
 ) -> tuple[MemoryPlan, Programs]:
     """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
@@ -224,11 +250,14 @@ def plan_model(
     mode = resolve_copy_mode(copy_mode, device)
     transfer_blocks, transfer_rings = blocks_in_flight(mode, device)
     rows = request.rows or request.batch
+    predicting = look_ahead_bytes(spec, look_ahead, rows)
+    if routing_path is not None:
+        predicting += routing_path_bytes(routing_path, rows=rows, context=request.context)
 
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
             dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
-            look_ahead=look_ahead_bytes(spec, look_ahead, rows),
+            look_ahead=predicting,
             kv_cache=kv_cache_bytes(spec, rows, request.context),
             state=rows * (spec.vocab + 64),
             workspace=workspace,
@@ -298,10 +327,21 @@ def _look_ahead(
     )
 
 
+def _routing_paths(
+    spec: ModelSpec, path: Path | None, dense: DenseWeights, plan: MemoryPlan, device: jax.Device
+) -> RoutingPaths | None:
+    """The routing-path predictor in a directory, checked against the model."""
+    if path is None:
+        return None
+    trained, _ = load_routing_path(path, spec, model_fingerprint(spec, dense.routers(spec)))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return RoutingPaths(trained, rows=plan.rows, batch=plan.batch, context=plan.context, sharding=sharding)
+
+
 def _predictor(spec: ModelSpec, settled: Prefetching, look: LookAheadSpec | None) -> Predictor | None:
     shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
     if settled.predictor == "history":
-        return History(**shape)
+        return History(**shape) if settled.routing_path is None else Paths(**shape, top_k=spec.experts.top_k)
     if look is not None:
         return Pregate(**shape, top_k=spec.experts.top_k, distances=look.distances)
     return None

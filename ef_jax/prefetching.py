@@ -22,12 +22,14 @@ class Prefetching:
       prefetch: "auto", "off" or a fixed horizon in layers.
       predictor: a name of `PREDICTORS`.
       trained: directory of a trained correction of the pre-gate, if one was given.
+      routing_path: directory of a trained routing-path predictor, if one was given.
       off_because: where prefetching was left to be decided and is off, why.
     """
 
     prefetch: Prefetch
     predictor: str
     trained: Path | None = None
+    routing_path: Path | None = None
     off_because: str | None = None
 
     def distances(self, spec: ModelSpec) -> int:
@@ -44,7 +46,10 @@ def settle(
     *,
     prefetch: int | str = "auto",
     predictor: str | Path | None = None,
+    routing_path: str | Path | None = None,
     overlaps: bool,
+    policy_listens: bool = False,
+    regroups: bool = False,
 ) -> Prefetching:
     """Check options and fill in defaults.
 
@@ -53,7 +58,10 @@ def settle(
       prefetch: "auto", "off" or a horizon of 0 (off) to the number of MoE layers.
       predictor: a name of `PREDICTORS`, the directory of a trained predictor, or None: the pre-gate where there is
         prefetching, else none.
+      routing_path: the directory of a trained routing-path predictor, or None.
       overlaps: copies can run while the device computes.
+      policy_listens: the cache's policy has a use for predictions.
+      regroups: there are more sequences than a step runs, so that the token scheduler has a use for predicted paths.
 
     Raises:
       InputError: no such option, or one that cannot take effect.
@@ -68,16 +76,27 @@ def settle(
             'copy_mode="async", an emulated link, or prefetch="off"'
         )
     if predictor is None:
-        predictor = "none" if horizon == "off" else "pregate"
+        predictor = "pregate" if horizon != "off" else "history" if routing_path and policy_listens else "none"
+    path = None if routing_path is None else Path(routing_path)
+    if path is not None:
+        if not path.is_dir():
+            raise InputError(f"routing_path {str(path)!r:.200} is no directory of a trained predictor")
+        if predictor == "none" and not regroups:
+            raise InputError(
+                f"routing_path {str(path)!r:.200} cannot take effect: nothing is prefetched, the policy hears of no "
+                'predictions and no batches are formed; give a prefetch, policy="plec" or more sequences than batch'
+            )
     if predictor == "none" and horizon != "off":
         raise InputError(f'prefetch {prefetch} needs a predictor: give "pregate", "history" or a trained one')
     if predictor in PREDICTORS:
-        return Prefetching(prefetch=horizon, predictor=str(predictor), off_because=off_because)
+        return Prefetching(prefetch=horizon, predictor=str(predictor), routing_path=path, off_because=off_because)
     if not Path(predictor).is_dir():
         raise InputError(
             f"predictor {str(predictor)!r:.200} is not one of {', '.join(PREDICTORS)} and no directory of a trained one"
         )
-    return Prefetching(prefetch=horizon, predictor="pregate", trained=Path(predictor), off_because=off_because)
+    return Prefetching(
+        prefetch=horizon, predictor="pregate", trained=Path(predictor), routing_path=path, off_because=off_because
+    )
 
 
 def _horizon(prefetch: int | str, layers: int) -> Prefetch:

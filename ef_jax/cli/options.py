@@ -33,6 +33,13 @@ def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     )
     group.add_argument("--batch", type=whole_number(1), metavar="N", help=f"sequences that run together ({batch})")
     group.add_argument(
+        "--sequences",
+        type=whole_number(1),
+        metavar="N",
+        help="sequences held at once, each with keys and values of its own; with more than run together, those that "
+        "are likely to use the same experts share a step (default: as many as run together)",
+    )
+    group.add_argument(
         "--context",
         type=whole_number(2),
         metavar="N",
@@ -62,6 +69,11 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
         "(default: pregate where experts are prefetched)",
     )
     group.add_argument(
+        "--routing-path",
+        metavar="DIR",
+        help="a trained routing-path predictor: it says what a token uses in all layers once the token is known",
+    )
+    group.add_argument(
         "--order",
         choices=("auto", "resident_first", "together"),
         default="auto",
@@ -76,7 +88,7 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
 
 def prefetch_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_prefetch_options` parsed, as `load` takes it."""
-    return {name: getattr(options, name) for name in ("prefetch", "predictor", "order", "emulate_link")}
+    return {name: getattr(options, name) for name in ("prefetch", "predictor", "routing_path", "order", "emulate_link")}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +103,7 @@ def memory_options(options: argparse.Namespace, *, batch: int) -> dict[str, Any]
         "device_memory": options.device_memory,
         "expert_fraction": options.expert_fraction,
         "batch": options.batch or batch,
+        "sequences": options.sequences,
         "context": options.context,
         "chunk": options.chunk,
     }

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from ef_jax.errors import InputError, LinkError
 from ef_jax.memory.plan import MemoryPlan
@@ -15,11 +16,13 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
 from ef_jax.predict import Predictor
+from ef_jax.predict.log_odds import union_bins
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.recorder import Listener
+from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.runtime.rows import Rows
 from ef_jax.runtime.sampling import SamplingOptions
 from ef_jax.runtime.steps import Routed
@@ -51,6 +54,7 @@ class Engine:
         device: jax.Device,
         *,
         look_ahead: LookAhead | None = None,
+        routing_paths: RoutingPaths | None = None,
         predictor: Predictor | None = None,
         prefetching: Prefetching = NO_PREFETCHING,
         candidates: str = "value",
@@ -58,7 +62,7 @@ class Engine:
     ) -> None:
         self.spec, self.plan, self.programs = spec, plan, programs
         self.link, self.device = link, device
-        self.look_ahead, self.order = look_ahead, order
+        self.look_ahead, self.routing_paths, self.order = look_ahead, routing_paths, order
         self._looking = look_ahead  # what the steps of this run look ahead by
         self._blind: Programs | None = None
         self._off_because = prefetching.off_because
@@ -176,6 +180,8 @@ class Engine:
         rows.seen, state = self._running.join()(rows.seen, state, np.int32(row), mask)
         if looking is not None:
             looking.state = state
+        if self.routing_paths is not None:
+            self.routing_paths.join(row, prompt)
 
     def leave(self, row: int) -> None:
         """The sequence of a row is done; the row is free."""
@@ -237,6 +243,7 @@ class Engine:
             state.tokens[order].tolist(),
             None if ahead is None else ahead.bins,
             diversity=None if ahead is None else ahead.diversity,
+            paths=self._paths(order),
         )
         serve = functools.partial(self._serve, deferred)
         carried = self._layers(1, span, self._tokens(order), positions, index, serve)
@@ -271,6 +278,12 @@ class Engine:
             self._last = jnp.zeros_like(self._no_outputs[: self.batch])
         if self.look_ahead is not None:
             self.look_ahead.reset()
+        if self.routing_paths is not None:
+            self.routing_paths.reset()
+
+    def paths(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n L E"] | None:
+        """What the next tokens of some rows are predicted to use, as bins of log-odds; None: nobody knows."""
+        return None if self.routing_paths is None else self.routing_paths.bins(rows)
 
     def logits(self, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
         """Logits after every token of one sequence.
@@ -297,6 +310,12 @@ class Engine:
         self.stats.prefill.seconds += time.perf_counter() - began
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()
+
+    def _paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
+        """What a step of some rows is predicted to use, if there is somebody to hear it."""
+        if self.routing_paths is None or not self.scheduler.hears:
+            return None
+        return union_bins(self.routing_paths.bins(rows))
 
     def _tokens(self, rows: list[int]) -> jax.Array:
         """What the sequences of a step take in, `[B, 1]` on the device."""
@@ -326,6 +345,8 @@ class Engine:
             self._first_look,
             None if looking is None else looking.state,
         )
+        if self.routing_paths is not None:
+            self.routing_paths.follow(state.index(rows), tokens)
         state.step[rows] += 1
         self._fed, self._token_report = (rows, tokens), None
         if looking is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,23 @@ from typing import Any
 import numpy as np
 
 from ef_jax.errors import InputError
-from ef_jax.generation import FinishReason, Generation, Score
+from ef_jax.generation import Generation, Score
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.runtime.recorder import Listener, Recorder
 from ef_jax.runtime.residual_means import ResidualMeans, logit_shifts
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from ef_jax.sampling_options import SamplingOptions
+from ef_jax.schedule.token_scheduler import regroup
+from ef_jax.serving.batch_engine import BatchEngine
+from ef_jax.serving.driver import Driver
+from ef_jax.serving.output import Output
+from ef_jax.serving.request import Request
+from ef_jax.serving.submission import Submission
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
-from ef_jax.text import StopMatcher, StreamDecoder, Tokenizer, require_tokenizer
+from ef_jax.text import Tokenizer, require_tokenizer
 from ef_jax.timeline import Timeline
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -37,7 +44,8 @@ class LanguageModel:
     def __init__(self, path: Path, spec: ModelSpec, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.path, self.spec, self.tokenizer = path, spec, tokenizer
         self._engine = engine
-        self._runs = 0
+        self._batch = BatchEngine(engine, regroup=regroup)
+        self._driver = Driver(self._batch)
 
     @property
     def plan(self) -> MemoryPlan:
@@ -57,7 +65,7 @@ class LanguageModel:
         on_text: Callable[[int, str], None] | None = None,
         **changes: Any,
     ) -> list[Generation]:
-        """Continue prompts; batches of `plan.batch` at a time, results in the order given.
+        """Continue prompts, as many at a time as there are rows; results in the order given.
 
         Args:
           prompts: text or token ids, or a list of them. Text is encoded as its tokenizer does.
@@ -77,26 +85,57 @@ class LanguageModel:
             raise InputError("there are no prompts: give at least one")
         if options.stop:
             require_tokenizer(self.tokenizer)
-        results = []
-        for first in range(0, len(ids), self.plan.batch):
-            part = ids[first : first + self.plan.batch]
-            outputs = [_Output(self.tokenizer, options) for _ in part]
-            for sequence, piece in self._run(part, options, outputs, first):
-                if on_text is not None and piece:
-                    on_text(first + sequence, piece)
-            results += [output.generation() for output in outputs]
-        return results
+        requests = [self._request(prompt, options, draw=index) for index, prompt in enumerate(ids)]
+        for index, piece in self._serve(requests):
+            if on_text is not None:
+                on_text(index, piece)
+        return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, options: SamplingOptions | None = None, **changes: Any) -> Iterator[str]:
         """Continue one prompt, yielding text as it comes; joined, the pieces are `generate`'s text.
+
+        Other calls may be made while a stream is open, other streams too; it then moves on beside them. Closing it
+        frees what it holds.
 
         Raises:
           InputError: as `generate`, and where the checkpoint has no tokenizer.
         """
         options = _with_changes(options, changes)
         require_tokenizer(self.tokenizer)
-        ids = [self.encode(prompt)]
-        return (piece for _, piece in self._run(ids, options, [_Output(self.tokenizer, options)], 0) if piece)
+        request = self._request(self.encode(prompt), options)
+        return (piece for _, piece in self._serve([request]))
+
+    def submit(
+        self, prompt: Prompt, options: SamplingOptions | None = None, *, timeout: float | None = None, **changes: Any
+    ) -> Submission:
+        """Continue one prompt in the background, beside whatever else runs; returns at once.
+
+            submission = lm.submit("Once upon a time", max_new_tokens=64)
+            async for piece in submission: ...
+            generation = await submission  # or, without asyncio: submission.result()
+
+        Args:
+          prompt: text or token ids.
+          options: sampling options; greedy where None.
+          timeout: seconds from now after which it ends with what it has, looked at between steps. None: none.
+          **changes: single fields of `SamplingOptions`.
+
+        Raises:
+          InputError: as `generate`; or prompt and `max_new_tokens` do not fit the context together.
+        """
+        options = _with_changes(options, changes)
+        if options.stop:
+            require_tokenizer(self.tokenizer)
+        ids = self.encode(prompt)
+        if options.max_new_tokens > self.plan.context - len(ids):
+            raise InputError(
+                f"a prompt of {len(ids)} tokens and {options.max_new_tokens} new ones do not fit the context of "
+                f"{self.plan.context}: ask for max_new_tokens={self.plan.context - len(ids)} at most"
+            )
+        deadline = None if timeout is None else self._batch.clock() + _seconds(timeout)
+        request = self._request(ids, options, deadline=deadline)
+        self._driver.drive(request)
+        return Submission(self._batch, request)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Next-token logits after every token.
@@ -111,9 +150,9 @@ class LanguageModel:
           InputError: no ids, too many, or some outside the vocabulary.
         """
         ids = self._check_ids(token_ids, room=0)
-        self._begin()
-        self._engine.prepare([len(ids)], len(ids))
-        return np.concatenate(list(self._engine.logits(ids)))
+        with self._batch.visit() as row:
+            self._engine.prepare(len(ids), len(ids))
+            return np.concatenate(list(self._engine.logits(ids, row)))
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
         """How likely each text (or list of token ids) is, given its first token.
@@ -124,16 +163,16 @@ class LanguageModel:
         scores = []
         for text in _as_list(texts):
             ids = self.encode(text, room=0)
-            self._begin()
-            self._engine.prepare([len(ids)], len(ids))
             total, done = 0.0, 0
-            for logits in self._engine.logits(ids):
-                targets = ids[done + 1 : done + 1 + len(logits)]
-                rows = logits[: len(targets)].astype(np.float64)
-                top = rows.max(axis=1, initial=-np.inf)
-                norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-                total += float((rows[np.arange(len(targets)), targets] - norm).sum())
-                done += len(logits)
+            with self._batch.visit() as row:
+                self._engine.prepare(len(ids), len(ids))
+                for logits in self._engine.logits(ids, row):
+                    targets = ids[done + 1 : done + 1 + len(logits)]
+                    rows = logits[: len(targets)].astype(np.float64)
+                    top = rows.max(axis=1, initial=-np.inf)
+                    norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+                    total += float((rows[np.arange(len(targets)), targets] - norm).sum())
+                    done += len(logits)
             scores.append(Score(logprob=total, tokens=len(ids) - 1))
         return scores
 
@@ -155,11 +194,13 @@ class LanguageModel:
         if engine.timeline is not None:
             raise InputError("a timeline is being noted already: leave its `with` block before the next")
         timeline = Timeline()
-        engine.show(timeline)
+        with self._batch.alone():
+            engine.show(timeline)
         try:
             yield timeline
         finally:
-            engine.show(None)
+            with self._batch.alone():
+                engine.show(None)
 
     @contextlib.contextmanager
     def trace(self, *, weights: bool = False, pregate: int = 0) -> Iterator[Recorder]:
@@ -220,18 +261,22 @@ class LanguageModel:
         if engine.look_ahead is None or engine.look_ahead.spec.correction is not None:
             raise InputError("there is no pre-gate of its own to calibrate: load with prefetching and no trained one")
         stack, distances = engine.look_ahead.looks[0].stack, engine.look_ahead.spec.distances
-        engine.shift_pregate(logit_shifts(self.spec, stack, self.residual_means(texts), distances))
+        shifts = logit_shifts(self.spec, stack, self.residual_means(texts), distances)
+        with self._batch.alone():
+            engine.shift_pregate(shifts)
 
     @contextlib.contextmanager
     def _listening(self, listener: Listener) -> Iterator[None]:
         engine = self._engine
         if engine.recorder is not None:
             raise InputError("a trace is being recorded already: leave its `with` block before the next")
-        engine.recorder = listener
+        with self._batch.alone():
+            engine.recorder = listener
         try:
             yield
         finally:
-            engine.recorder = None
+            with self._batch.alone():
+                engine.recorder = None
 
     def chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """Token ids of a conversation by the tokenizer's chat template, to be given to `generate` or `stream`.
@@ -269,85 +314,37 @@ class LanguageModel:
             )
         return ids.astype(np.int32)
 
-    def _run(
-        self, ids: list[np.ndarray], options: SamplingOptions, outputs: list["_Output"], first: int
-    ) -> Iterator[tuple[int, str]]:
-        """Generate for one batch; yields `(sequence, piece of text)` as it comes."""
-        engine, run = self._engine, self._begin()
-        eos = () if options.ignore_eos else self.spec.eos_ids
-        lengths = [len(prompt) for prompt in ids]
-        limits = [min(options.max_new_tokens, self.plan.context - length) for length in lengths]
-        engine.prepare(lengths, max(length + limit for length, limit in zip(lengths, limits, strict=True)) - 1)
-        running = set(range(len(ids)))
+    def _request(self, prompt: np.ndarray, options: SamplingOptions, **place: Any) -> Request:
+        """A request for ids that `encode` has checked; its output is cut where the context ends."""
+        limit = min(options.max_new_tokens, self.plan.context - len(prompt))
+        return Request(prompt, options, Output(self.tokenizer, options, eos=self.spec.eos_ids, limit=limit), **place)
+
+    def _serve(self, requests: list[Request]) -> Iterator[tuple[int, str]]:
+        """Take turns until requests have ended; yields `(index, piece of text)` as pieces come.
+
+        Leaving early cancels what has not ended.
+        """
+        given = dict.fromkeys(range(len(requests)), 0)  # pieces, of those that have not ended
+
+        def news() -> bool:
+            return any(requests[i].ended or given[i] < len(requests[i].output.pieces) for i in given)
+
         try:
-            tokens, logprobs = engine.start(ids, sampling_arrays(options, self.plan.batch, first))
-            while True:
-                for sequence in sorted(running):
-                    output = outputs[sequence]
-                    piece = output.push(int(tokens[sequence]), float(logprobs[sequence]), eos, limits[sequence])
-                    if output.finish_reason is not None:
-                        running.discard(sequence)
-                        engine.stop(sequence)
-                    yield sequence, piece
-                    if run != self._runs:
-                        raise InputError(
-                            "another call has used the model since this stream began: read a stream to its end, or "
-                            "close it, before the next call"
-                        )
-                if not running:
-                    return
-                tokens, logprobs = engine.step()
+            self._batch.submit(requests)
+            while given:
+                for index in list(given):
+                    request = requests[index]
+                    ended = request.ended  # before its pieces are read: another thread may drive
+                    for piece in request.output.pieces[given[index] :]:
+                        given[index] += 1
+                        yield index, piece
+                    if ended:
+                        del given[index]
+                        request.result()
+                if given:
+                    self._batch.turn(unless=news)
         finally:
-            if run == self._runs:
-                engine.finish()
-
-    def _begin(self) -> int:
-        """The number of a new run; the engine holds one run's state, so an older stream cannot go on."""
-        self._runs += 1
-        return self._runs
-
-
-class _Output:
-    """One sequence's output as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer | None, options: SamplingOptions) -> None:
-        self._decoder: StreamDecoder | None = tokenizer.stream() if tokenizer is not None else None
-        self._stop = StopMatcher(options.stop)
-        self._pieces: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-        self.finish_reason: FinishReason | None = None
-
-    def push(self, token: int, logprob: float, eos: Sequence[int], limit: int) -> str:
-        """Take a token; returns the text that it settles."""
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        piece = ""
-        if token in eos:
-            self.finish_reason = "eos"
-        elif self._decoder is not None:
-            piece = self._stop.push(self._decoder.push(token))
-        if self._stop.stopped:
-            self.finish_reason = "stop"
-        elif self.finish_reason is None and len(self._tokens) >= limit:
-            self.finish_reason = "length"
-        if self.finish_reason in ("eos", "length") and self._decoder is not None:
-            piece += self._stop.push(self._decoder.flush())
-            piece += self._stop.flush()
-            if self._stop.stopped:
-                self.finish_reason = "stop"
-        self._pieces.append(piece)
-        return piece
-
-    def generation(self) -> Generation:
-        """The finished output."""
-        assert self.finish_reason is not None
-        return Generation(
-            text="".join(self._pieces) if self._decoder is not None else None,
-            tokens=self._tokens,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs,
-        )
+            self._batch.cancel(requests)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -360,6 +357,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and all(isinstance(item, int | np.integer) for item in items):
         return [items]
     return items
+
+
+def _seconds(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise InputError(f"timeout must be seconds above 0, or None for no limit; got {timeout!r}")
+    return timeout
 
 
 def _with_changes(options: SamplingOptions | None, changes: dict[str, Any]) -> SamplingOptions:

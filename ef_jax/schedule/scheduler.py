@@ -132,6 +132,11 @@ class Scheduler(Generic[Blocks]):
         self._resting = self._predictor is None or (self._trial is not None and not self._trial.wanted)
         return not self._resting
 
+    @property
+    def hears(self) -> bool:
+        """Whether a step that begins now would listen to predictions."""
+        return self._predictor is not None and not self._resting
+
     def begin_step(
         self,
         tokens: Sequence[int],
