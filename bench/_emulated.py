@@ -78,8 +78,8 @@ class EmulatedModels:
                 spec,
                 self.look,
                 lm._engine.dense,
-                batch=plan.batch,
-                sharding=lm._engine._batch.sharding,
+                rows=plan.rows,
+                sharding=lm._engine._rows.sharding,
                 correction=self._correction,
             )
         if predictor == "pregate":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import ef_jax
-from bench import _models, _report
+from bench import _models, _report, _run
 from bench._emulated import EmulatedModels
 from bench._graded import Graded
 from ef_jax.predict import Predictor
@@ -26,7 +26,7 @@ from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulator import Replay, compute_seconds_per_layer, make_predictor
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.runtime.language_model import LanguageModel
-from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions
 from ef_jax.schedule.link_model import LinkModel
 
 CUT = 0.25
@@ -78,7 +78,7 @@ def decoded(steps: int) -> list[dict[str, Any]]:
     lm = ef_jax.load(expert_fraction=1.0, context=1024, chunk=64, emulate_link="25GB/s", progress=False)
     models = EmulatedModels(lm)
     prompt = _models.prompts(lm, 1, 32)
-    options = sampling_arrays(SamplingOptions(temperature=1.0, seed=1), 1)
+    options = SamplingOptions(temperature=1.0, seed=1)
     layers = len(lm.spec.moe_layers)
     lm = models.make(_DRAWN, LinkModel(bandwidth=1e15), prefetch=1)
     _decode(lm, prompt, options, steps, {})
@@ -96,22 +96,21 @@ def decoded(steps: int) -> list[dict[str, Any]]:
 def _decode(
     lm: LanguageModel,
     prompt: list[np.ndarray],
-    options: SamplingArrays,
+    options: SamplingOptions,
     steps: int,
     changes: dict[int, LinkModel],
 ) -> tuple[list[float], list[float]]:
     """Horizon and stall seconds by step; the link changes before some of them."""
     engine = lm._engine
-    engine.prepare([len(prompt[0])], len(prompt[0]) + steps + 1)
-    engine.start(prompt, options)
+    _run.start(engine, prompt, options, len(prompt[0]) + steps + 1)
     waits = []
     for step in range(steps):
         if step in changes:
             engine.link.set_model(changes[step])
         stalled = engine.stats.decode.stall_seconds
-        engine.step()
+        engine.step([0])
         waits.append(engine.stats.decode.stall_seconds - stalled)
-    engine.finish()
+    _run.stop(engine, 1)
     return engine.stats.horizon["mean_by_step"][-steps:], waits
 
 

@@ -9,12 +9,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from bench import _run
 from bench._report import spread
 from bench._stand_ins import Clocks, NullPrograms, Playback, null_inserts, timed
 from ef_jax.memory.residency import Residency
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.programs import Programs
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions
 
 COMPONENTS = ("read_back", "admit", "link_start", "link_finish", "dispatch")
 
@@ -35,12 +36,12 @@ class HostWork:
     def __init__(self, engine: Engine, prompt: np.ndarray, steps: int) -> None:
         self._engine, self._prompt, self._steps = engine, prompt, steps
         self._layers = len(engine.spec.layers)
-        self._sampling = sampling_arrays(SamplingOptions(temperature=0.8, top_p=0.9), 1)
+        self._sampling = SamplingOptions(temperature=0.8, top_p=0.9)
         self._programs, self._inserts = engine.programs, engine.link.pool._insert
         self._null_programs = NullPrograms.of(self._programs)
         self._null_inserts = null_inserts(engine.link)
-        engine.prepare([len(prompt)], len(prompt) + steps)
-        self._null_programs.compile_for([len(prompt)], len(prompt) + steps)
+        engine.prepare(len(prompt), len(prompt) + steps)
+        self._null_programs.compile_for(len(prompt), len(prompt) + steps)
         self._begin()
         recorder = Playback(self._programs)
         with self._replaced(recorder, self._inserts):
@@ -81,13 +82,13 @@ class HostWork:
         engine = self._engine
         if not engine.residency.all_resident:
             engine.scheduler.residency = _emptied(engine.residency)
-        engine.start([self._prompt], self._sampling)
+        _run.start(engine, [self._prompt], self._sampling, len(self._prompt) + self._steps)
         jax.block_until_ready(engine.link.pool.array)
 
     def _walk(self) -> float:
         began = time.perf_counter()
         for _ in range(self._steps):
-            self._engine.step()
+            self._engine.step([0])
         return time.perf_counter() - began
 
     def _null(self, clocks: Clocks | None) -> float:
@@ -95,7 +96,7 @@ class HostWork:
         engine = self._engine
         self._begin()
         # Fresh arrays, for an array that was read once keeps its copy on the host.
-        routes = jax.block_until_ready(jax.device_put(self._routes, engine._batch.sharding))
+        routes = jax.block_until_ready(jax.device_put(self._routes, engine._rows.sharding))
         programs = Playback(self._null_programs, routes=iter(routes), clocks=clocks)
         with self._replaced(programs, self._null_inserts), _clocked(engine, clocks):
             return self._walk()

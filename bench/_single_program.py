@@ -53,8 +53,8 @@ class SingleProgram:
             seen = mark_seen(seen, chosen, jnp.ones_like(chosen, bool))
             return chosen, (positions + 1, number + 1, seen, new_caches)
 
-        self._sampling = jax.device_put(sampling_arrays(SamplingOptions(), 1), engine._batch.sharding)
-        jitted = jax.jit(step, donate_argnums=6, out_shardings=engine._batch.sharding)
+        self._sampling = jax.device_put(sampling_arrays([(SamplingOptions(), 0)]), engine._rows.sharding)
+        jitted = jax.jit(step, donate_argnums=6, out_shardings=engine._rows.sharding)
         self._step = jitted.lower(*self._weights, *self._state()).compile()
 
     def decode(self, count: int) -> tuple[float, np.ndarray]:
@@ -75,8 +75,9 @@ class SingleProgram:
         return self._dense.top, self._dense.layers, self._dense.finish, self._engine.link.pool.array, self._sampling
 
     def _state(self) -> tuple[jax.Array, Any]:
-        """Copies of the engine's batch: the last token, and `(positions, number, seen, caches)`."""
-        batch = self._engine._batch
-        counters = jax.device_put((batch.length[:, None].copy(), batch.step.copy()), batch.sharding)
-        caches = [(jnp.copy(k), jnp.copy(v)) for k, v in zip(batch.k, batch.v, strict=True)]
-        return jnp.copy(batch.tokens), (*counters, jnp.copy(batch.seen), caches)
+        """Copies of the engine's one row: the last token, and `(positions, number, seen, caches)`."""
+        rows = self._engine._rows
+        given = (rows.tokens[:, None].copy(), rows.length[:, None].copy(), rows.step.copy())
+        tokens, *counters = jax.device_put(given, rows.sharding)
+        caches = [(jnp.copy(k), jnp.copy(v)) for k, v in zip(rows.k, rows.v, strict=True)]
+        return tokens, (*counters, jnp.copy(rows.seen), caches)

@@ -40,10 +40,10 @@ class StreamingEngine(Engine):
         phase.stall_seconds += self.link.seconds - spent
         return routed, self.link.pool.array, slots.copy(), self._no_outputs
 
-    def finish(self) -> None:
+    def rest(self) -> None:
         """See `Engine`; copies under way are given up."""
         self._coming = None
-        super().finish()
+        super().rest()
 
 
 def streaming_model(lm: LanguageModel) -> LanguageModel:

@@ -37,12 +37,12 @@ from typing import Any
 import numpy as np
 
 import ef_jax
-from bench import _models, _report
+from bench import _models, _report, _run
 from bench._host_work import COMPONENTS, HostWork
 from bench._single_program import SingleProgram
 from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.loading import bundled_model
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions
 
 FRACTIONS = (0.25, 0.5, 1.0)
 TARGETS = {"host_us_per_layer_token": 150.0, "engine_over_single_program": 1.25, "ratio_to_transformers": 3.0}
@@ -103,20 +103,20 @@ def single(options: argparse.Namespace) -> dict[str, Any]:
         lm = ef_jax.load(path, expert_fraction=1.0, context=context, progress=False)
     engine = lm._engine
     prompt = _models.prompts(lm, 1, _PROMPT_TOKENS)[0]
-    engine.prepare([len(prompt)], len(prompt) + options.tokens)
-    program = SingleProgram(engine, engine._dense, engine.programs.span(len(prompt) + options.tokens))
-    sampling = sampling_arrays(SamplingOptions(), 1)
+    until = len(prompt) + options.tokens
+    engine.prepare(len(prompt), until)
+    program = SingleProgram(engine, engine._dense, engine.programs.span(until))
     times: dict[str, list[float]] = {"engine": [], "single_program": []}
     tokens_equal = 0
     for repeat in range(options.repeats + 1):
-        engine.start([prompt], sampling)
+        _run.start(engine, [prompt], SamplingOptions(), until)
         before, theirs = program.decode(options.tokens)
         ours = []
         began = time.perf_counter()
         for _ in range(options.tokens):
-            ours.append(int(engine.step()[0][0]))
+            ours.append(engine.step([0])[0][0])
         seconds = time.perf_counter() - began
-        engine.start([prompt], sampling)
+        _run.start(engine, [prompt], SamplingOptions(), until)
         after, _ = program.decode(options.tokens)
         tokens_equal = int(np.sum(theirs == ours))
         if repeat:  # the first is a warm-up
@@ -134,7 +134,7 @@ def single(options: argparse.Namespace) -> dict[str, Any]:
         "engine_over_single_program": ratio,
         "tokens_equal": tokens_equal,
         "shape": shape,
-        "span": engine.programs.span(len(prompt) + options.tokens),
+        "span": engine.programs.span(until),
     }
 
 

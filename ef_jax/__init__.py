@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
     from ef_jax.sampling_options import SamplingOptions as SamplingOptions
     from ef_jax.schedule.link_model import LinkModel as LinkModel
+    from ef_jax.serving.submission import Submission as Submission
     from ef_jax.spec import ModelSpec as ModelSpec
     from ef_jax.stats import Stats as Stats
     from ef_jax.timeline import Timeline as Timeline
@@ -35,6 +36,7 @@ _MODULES = {
     "LanguageModel": "runtime.language_model",
     "SamplingOptions": "sampling_options",
     "LinkModel": "schedule.link_model",
+    "Submission": "serving.submission",
     "Stats": "stats",
     "Timeline": "timeline",
     "ModelSpec": "spec",

@@ -23,8 +23,8 @@ from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import dense_shapes
-from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.nn.correction import CorrectionSpec
+from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.paths import Paths

@@ -1,5 +1,8 @@
 """Causal grouped-query attention over a key/value cache that is indexed by position."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +25,7 @@ KEY_BLOCK = 256
 """Keys that are summed together. Blocks are added up in a fixed tree, in which those that a query does not see are
 zeros, so that its result does not depend on how much of the cache a program reads."""
 
-_COLUMNS = 16
+_ADDED_AT_ONCE = 16
 
 
 def cache_shape(spec: ModelSpec, rows: int, context: int) -> jax.ShapeDtypeStruct:
@@ -125,14 +128,15 @@ def _attend_block(
 def _row_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
     """The sum of each row, in the same order however many rows there are.
 
-    XLA:CPU adds up a row in another order in a vectorised loop than in another one, and which loops it vectorises
-    depends on the size of the array. Columns it adds up one after another in both.
+    XLA:CPU takes the elements of a sum in another order in a vectorised loop than in another one, and which loops it
+    vectorises depends on the size of the array. It leaves alone what is added one by one.
     """
-    if x.shape[-1] % _COLUMNS == 0:
-        x = x.reshape(*x.shape[:-1], -1, _COLUMNS).sum(axis=-2)
-    while x.shape[-1] > 1:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
-        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    while (length := x.shape[-1]) > 1:
+        parts = min(_ADDED_AT_ONCE, length)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % parts)])
+        width = x.shape[-1] // parts
+        columns = [x[..., part * width : (part + 1) * width] for part in range(parts)]
+        x = functools.reduce(operator.add, columns)
     return x
 
 

@@ -324,9 +324,9 @@ class Engine:
             if fed == rows or (self.rows == self.batch and set(rows) <= set(fed)):
                 return tokens
         state = self._rows
-        tokens = np.zeros((state.batch, 1), np.int32)
-        tokens[state.places(rows), 0] = state.tokens[rows]
-        return jax.device_put(tokens, state.sharding)
+        given = np.zeros((state.batch, 1), np.int32)
+        given[state.places(rows), 0] = state.tokens[rows]
+        return jax.device_put(given, state.sharding)
 
     def _choose(self, last: jax.Array, rows: list[int]) -> list[tuple[int, float]]:
         """The next token of the sequences of some rows, and its log-probability, from residual rows `[B, D]`."""

@@ -124,6 +124,7 @@ class LanguageModel:
           InputError: as `generate`; or prompt and `max_new_tokens` do not fit the context together.
         """
         options = _with_changes(options, changes)
+        deadline = None if timeout is None else self._batch.clock() + _seconds(timeout)
         if options.stop:
             require_tokenizer(self.tokenizer)
         ids = self.encode(prompt)
@@ -132,7 +133,6 @@ class LanguageModel:
                 f"a prompt of {len(ids)} tokens and {options.max_new_tokens} new ones do not fit the context of "
                 f"{self.plan.context}: ask for max_new_tokens={self.plan.context - len(ids)} at most"
             )
-        deadline = None if timeout is None else self._batch.clock() + _seconds(timeout)
         request = self._request(ids, options, deadline=deadline)
         self._driver.drive(request)
         return Submission(self._batch, request)

@@ -25,27 +25,27 @@ _BLOCK = 256
 class SamplingArrays(NamedTuple):
     """`SamplingOptions` as the device sees them, one value a sequence."""
 
-    temperature: Float[Array | np.ndarray, " B"]
-    top_k: Int[Array | np.ndarray, " B"]
-    top_p: Float[Array | np.ndarray, " B"]
-    repetition_penalty: Float[Array | np.ndarray, " B"]
-    seed: UInt[Array | np.ndarray, " B"]
-    sequence: Int[Array | np.ndarray, " B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: UInt[Array, " B"]
+    sequence: Int[Array, " B"]
 
 
 def sampling_arrays(sequences: Sequence[tuple[SamplingOptions, int]]) -> SamplingArrays:
-    """Host arrays of the options of some sequences, each with the number that its random draws go by.
+    """Device arrays of the options of some sequences, each with the number that its random draws go by.
 
     A sequence that keeps its number keeps its draws, whatever company it has.
     """
     options = [each for each, _ in sequences]
     return SamplingArrays(
-        temperature=np.array([each.temperature for each in options], np.float32),
-        top_k=np.array([each.top_k for each in options], np.int32),
-        top_p=np.array([each.top_p for each in options], np.float32),
-        repetition_penalty=np.array([each.repetition_penalty for each in options], np.float32),
-        seed=np.array([each.seed for each in options], np.uint32),
-        sequence=np.array([number for _, number in sequences], np.int32),
+        temperature=jnp.array([each.temperature for each in options], jnp.float32),
+        top_k=jnp.array([each.top_k for each in options], jnp.int32),
+        top_p=jnp.array([each.top_p for each in options], jnp.float32),
+        repetition_penalty=jnp.array([each.repetition_penalty for each in options], jnp.float32),
+        seed=jnp.array(np.array([each.seed for each in options], np.uint32)),
+        sequence=jnp.array([number for _, number in sequences], jnp.int32),
     )
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import _models, _report, offload
+from bench import _models, _report, _run, offload
 from bench._host_work import COMPONENTS, HostWork
 from bench._single_program import SingleProgram
 from ef_jax.loading import load
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions
 
 
 def _strict(line: str) -> dict[str, Any]:
@@ -67,10 +67,9 @@ def test_host_work_and_single_program_take_the_steps_of_the_engine() -> None:
 
     resident = _models.with_cache(lm, 1.0, "lru")
     engine = resident._engine
-    engine.prepare([len(prompt)], 20)
-    engine.start([prompt], sampling_arrays(SamplingOptions(), 1))
+    _run.start(engine, [prompt], SamplingOptions(), 20)
     _, tokens = SingleProgram(engine, engine._dense, engine.programs.span(20)).decode(6)
-    np.testing.assert_array_equal(tokens, [engine.step()[0][0] for _ in range(6)])
+    np.testing.assert_array_equal(tokens, [engine.step([0])[0][0] for _ in range(6)])
 
 
 def test_report_refuses_what_nothing_measured(capsys: pytest.CaptureFixture) -> None:

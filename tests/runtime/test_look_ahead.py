@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import ef_jax
+from bench import _run
 from ef_jax.loading import bundled_model
 from ef_jax.nn.correction import Correction, CorrectionSpec, advance, begin
 from ef_jax.nn.pregate import pregate
@@ -14,7 +15,7 @@ from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.log_odds import log_odds, to_bins, union
 from ef_jax.predict.predictor_file import save_predictor
 from ef_jax.runtime.look_ahead import token_diversity
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingOptions
 
 PROMPTS = [np.arange(20, 30, dtype=np.int32), np.arange(400, 425, dtype=np.int32)]
 
@@ -38,12 +39,13 @@ def decoding(lm, steps: int):
 
     engine.scheduler.ask, engine.scheduler.begin_step, engine._serve = hear_ask, hear_begin, hear_serve
     prompts = PROMPTS[: lm.plan.batch]
-    engine.prepare([len(prompt) for prompt in prompts], 64)
-    engine.start(prompts, sampling_arrays(SamplingOptions(), lm.plan.batch))
+    for prompt in prompts:
+        engine.prepare(len(prompt), 64)
     compiled = engine.programs.count
+    _run.start(engine, prompts, SamplingOptions(), 64)
     for _ in range(steps):
-        engine.step()
-    engine.finish()
+        engine.step(range(len(prompts)))
+    _run.stop(engine, len(prompts))
     assert engine.programs.count == compiled
     return asked, begun, streams
 
@@ -92,15 +94,15 @@ def test_a_trained_predictor_knows_the_prompt_and_changes_no_token(tmp_path):
 
     engine = lm._engine
     with lm.trace() as recording:
-        tokens, _ = engine.start([PROMPTS[1]], sampling_arrays(SamplingOptions(), 1))
+        [(token, _)] = _run.start(engine, [PROMPTS[1]], SamplingOptions(), 64)
     state = jnp.zeros((1, spec.state_width))
     for row, token in zip(recording.trace().experts.astype(np.int32), PROMPTS[1], strict=True):
         state = begin(spec, correction.common, jnp.array([token]), state)
         for layer in range(8):
             state = advance(spec, correction.common, state, jnp.int32(layer), jnp.asarray(row[None, layer]))
-    state = begin(spec, correction.common, jnp.asarray(tokens), state)
+    state = begin(spec, correction.common, jnp.array([token]), state)
     np.testing.assert_allclose(engine.look_ahead.state, state, rtol=1e-4, atol=1e-5)
-    engine.finish()
+    _run.stop(engine, 1)
 
     other = ef_jax.load(bundled_model(), expert_fraction=1.0, **options)
     assert "on the device" in other._engine._off_because

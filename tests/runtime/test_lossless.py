@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import ef_jax
-from ef_jax.runtime.sampling import SamplingOptions, sampling_arrays
+from bench import _run
+from ef_jax.runtime.sampling import SamplingOptions
 
 PROMPT = np.random.default_rng(0).integers(1, 4096, 75).astype(np.int32)
 
@@ -30,12 +31,11 @@ def decode(lm, batch: int, steps: int = 12):
     """Tokens and logprobs of `batch` prompts of different lengths, sampled, through the engine itself."""
     prompts = [PROMPT[: 5 + 14 * i] for i in range(batch)]
     engine = lm._engine
-    engine.prepare([len(prompt) for prompt in prompts], 128)
-    options = sampling_arrays(SamplingOptions(temperature=1.0, seed=7), batch)
-    outputs = [engine.start(prompts, options)]
-    outputs += [engine.step() for _ in range(steps)]
-    engine.finish()
-    return np.stack([tokens for tokens, _ in outputs]), np.stack([logprobs for _, logprobs in outputs])
+    outputs = [_run.start(engine, prompts, SamplingOptions(temperature=1.0, seed=7), 128)]
+    outputs += [engine.step(range(batch)) for _ in range(steps)]
+    _run.stop(engine, batch)
+    tokens, logprobs = np.moveaxis(np.array(outputs), 2, 0)
+    return tokens.astype(int), logprobs.astype(np.float32)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

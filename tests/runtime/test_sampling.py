@@ -23,7 +23,7 @@ def _draws(logits: np.ndarray, options: SamplingOptions, count: int, seen: np.nd
         many,
         jnp.broadcast_to(jnp.asarray(seen), many.shape),
         jnp.zeros(count, jnp.int32),
-        sampling_arrays(options, count),
+        sampling_arrays([(options, number) for number in range(count)]),
     )
     return np.asarray(tokens)
 
@@ -115,7 +115,10 @@ def test_only_kept_tokens_are_drawn_and_ties_are_kept_together(logits: list[int]
 def test_greedy_takes_the_first_largest_and_its_logprob() -> None:
     logits = np.array([[0.0, 2.0, 2.0, -1.0], [5.0, 1.0, 1.0, 1.0]], np.float32)
     tokens, logprobs = _sample(
-        jnp.asarray(logits), jnp.zeros((2, 4), bool), jnp.zeros(2, jnp.int32), sampling_arrays(SamplingOptions(), 2)
+        jnp.asarray(logits),
+        jnp.zeros((2, 4), bool),
+        jnp.zeros(2, jnp.int32),
+        sampling_arrays([(SamplingOptions(), 0)] * 2),
     )
     assert tokens.tolist() == [1, 0]
     assert tokens.dtype == jnp.int32
@@ -128,7 +131,10 @@ def test_greedy_obeys_the_repetition_penalty_but_logprobs_are_of_raw_logits() ->
     seen = mark_seen(jnp.zeros((1, 3), bool), jnp.array([[0, 2]]), jnp.array([[True, False]]))
     assert seen.tolist() == [[True, False, False]]
     tokens, logprobs = _sample(
-        jnp.asarray(logits), seen, jnp.zeros(1, jnp.int32), sampling_arrays(SamplingOptions(repetition_penalty=2.0), 1)
+        jnp.asarray(logits),
+        seen,
+        jnp.zeros(1, jnp.int32),
+        sampling_arrays([(SamplingOptions(repetition_penalty=2.0), 0)]),
     )
     assert tokens.tolist() == [1]
     np.testing.assert_allclose(logprobs, logits[0, 1] - np.log(np.exp(logits).sum()), rtol=1e-6)
@@ -139,12 +145,12 @@ def test_draws_do_not_depend_on_company_batching_or_order() -> None:
     seen = jnp.zeros((6, 500), bool)
     options = SamplingOptions(temperature=1.0, top_p=0.95, seed=11)
     step = jnp.arange(6, dtype=jnp.int32)
-    together, _ = _sample(logits, seen, step, sampling_arrays(options, 6))
+    arrays = sampling_arrays([(options, number) for number in range(6)])
+    together, _ = _sample(logits, seen, step, arrays)
     for first in (0, 2, 5):
         rows = slice(first, first + 1)
-        alone, _ = _sample(logits[rows], seen[rows], step[rows], sampling_arrays(options, 1, first))
+        alone, _ = _sample(logits[rows], seen[rows], step[rows], sampling_arrays([(options, first)]))
         assert alone.tolist() == together[rows].tolist()
-    arrays = sampling_arrays(options, 6)
     mixed = arrays._replace(temperature=arrays.temperature.at[::2].set(0))
     half, _ = _sample(logits, seen, step, mixed)
     assert half[1::2].tolist() == together[1::2].tolist()
@@ -161,7 +167,7 @@ def test_seed_sequence_and_step_each_change_the_draws() -> None:
         jnp.zeros((50, 4096)),
         jnp.zeros((50, 4096), bool),
         jnp.arange(50, dtype=jnp.int32),
-        sampling_arrays(SamplingOptions(temperature=1.0, seed=1), 50)._replace(sequence=jnp.zeros(50, jnp.int32)),
+        sampling_arrays([(SamplingOptions(temperature=1.0, seed=1), 0)] * 50),
     )
     assert len(set(steps.tolist())) > 45
 
@@ -176,7 +182,7 @@ def test_other_options_do_not_recompile() -> None:
 
     step = jax.jit(counted)
     for options in (SamplingOptions(), *_OPTIONS):
-        step(jnp.zeros((2, 16)), jnp.zeros((2, 16), bool), jnp.zeros(2, jnp.int32), sampling_arrays(options, 2))
+        step(jnp.zeros((2, 16)), jnp.zeros((2, 16), bool), jnp.zeros(2, jnp.int32), sampling_arrays([(options, 0)] * 2))
     assert traces == 1
 
 
