@@ -21,8 +21,12 @@ def start(
         engine.prepare(len(prompt), until)
     for row, prompt in enumerate(prompts):
         engine.join(row, np.asarray(prompt, np.int32), options, row)
-        for begin, width in engine.cuts(len(prompt)):
-            firsts |= engine.prompt_pass(width, [(row, begin)])
+    cuts = {row: engine.cuts(len(prompt)) for row, prompt in enumerate(prompts)}
+    while cuts:
+        width = next(iter(cuts.values()))[0][1]
+        rows = [row for row, left in cuts.items() if left[0][1] == width][: engine.lanes(width)]
+        firsts |= engine.prompt_pass(width, [(row, cuts[row].pop(0)[0]) for row in rows])
+        cuts = {row: left for row, left in cuts.items() if left}
     return [firsts[row] for row in range(len(prompts))]
 
 
