@@ -65,7 +65,7 @@ class LanguageModel:
         on_text: Callable[[int, str], None] | None = None,
         **changes: Any,
     ) -> list[Generation]:
-        """Continue prompts, as many at a time as there are rows; results in the order given.
+        """Continue prompts, as many at a time as `load` was told `sequences`; results in the order given.
 
         Args:
           prompts: text or token ids, or a list of them. Text is encoded as its tokenizer does.

@@ -1,6 +1,7 @@
 """A request: one prompt, from its arrival to its end."""
 
 import threading
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -66,6 +67,7 @@ class Request:
     def end(self, error: Exception | None = None) -> None:
         """It is over: by an error, or as its output's finish reason says."""
         assert not self.ended, "a request ends once"
+        _clear_frames(error)
         self.error, self.ended = error, True
         self._over.set()
         self.tell()
@@ -82,3 +84,10 @@ class Request:
         """Call the listeners."""
         for listener in tuple(self._listeners):
             listener()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Empty the frames of an error that is kept: they would keep arrays of the pass it ended."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

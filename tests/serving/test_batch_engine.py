@@ -1,9 +1,12 @@
 """Turns of the batch engine over a fake stepper: order, fairness, ends and errors."""
 
+import gc
 import itertools
 import subprocess
 import sys
 import threading
+import traceback
+import weakref
 
 import numpy as np
 import pytest
@@ -366,3 +369,28 @@ def test_a_visitor_waits_for_recovery():
     with engine.visit() as row:
         assert (row, stepper.lost) == (0, False)
     assert left_nothing(engine, stepper)
+
+
+def test_an_error_keeps_nothing_of_the_pass_it_ended(monkeypatch):
+    class Array:
+        pass
+
+    stepper = FakeStepper(1, 1)
+    engine = BatchEngine(stepper)
+    kept: list[weakref.ref] = []
+
+    def step(rows):
+        array = Array()
+        kept.append(weakref.ref(array))
+        try:
+            raise Broken("below")
+        except Broken as error:
+            raise LinkError("made to fail") from error
+
+    monkeypatch.setattr(stepper, "step", step)
+    request = make_request(1, 5, ignore_eos=True)
+    engine.submit([request])
+    drain(engine, [request])
+    assert "in step" in "".join(traceback.format_exception(request.error))
+    gc.collect()
+    assert [array() for array in kept] == [None, None]
