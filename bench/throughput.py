@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--longest", type=_report.positive, default=1024, help="tokens of a request (default: 1024)")
     parser.add_argument("--links", nargs="+", choices=("balanced", "pcie"), default=["balanced", "pcie"])
     parser.add_argument("--repeats", type=_report.positive, default=5, help="of what is timed")
+    parser.add_argument("--routing-path", type=Path, metavar="DIR", help="predictor of the bundled model, part engine")
     _report.add_save_option(parser, "throughput")
     options = parser.parse_args()
     result = {part: parts[part](options) for part in options.only}
