@@ -258,11 +258,23 @@ def test_a_thread_that_breaks_down_leaves_nobody_waiting(monkeypatch: pytest.Mon
 
 
 def test_the_interpreter_may_go_while_a_submission_runs():
-    code = (
-        "from tests.serving.test_submission import Served\n"
-        "served = Served()\n"
-        "submissions = [served.long() for _ in range(3)]\n"
-        "import time; time.sleep(0.05)\n"
-    )
+    """A thread that is inside of compiled code then takes the process down, unless it is ended before."""
+    code = """
+import time
+import jax, numpy as np
+from tests.serving.test_submission import Served
+
+served, x = Served(), np.ones((500, 500), np.float32)
+step, run = served.stepper.step, jax.jit(lambda x: x @ x @ x)
+
+def compute(rows):
+    np.asarray(run(x))
+    return step(rows)
+
+served.stepper.step = compute
+submissions = [served.long() for _ in range(3)]
+while len(submissions[0]._request.output.tokens) < 3:
+    time.sleep(0.001)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
