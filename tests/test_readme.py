@@ -8,7 +8,7 @@ _README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_python_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec("\n".join(blocks), {})
@@ -16,6 +16,7 @@ def test_the_python_examples_run() -> None:
     assert printed.startswith("memory plan:")
     assert "length 16" in printed
     assert "(3, 4096)" in printed
+    assert "[16, 16, 16]" in printed
 
 
 def test_links_lead_somewhere() -> None:
