@@ -40,7 +40,7 @@ class History:
         np.add(self._unused, trust, out=self._this)
         np.add(self._unused, self._rho * trust, out=self._next)  # until the layer has run
 
-    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"], following: UInt8[np.ndarray, "L E"] | None = None) -> None:
         pass
 
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:

@@ -59,7 +59,7 @@ class Oracle:
         self._scores[:, :layers] = self._scores[:, layers:]
         self._read()
 
-    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"], following: UInt8[np.ndarray, "L E"] | None = None) -> None:
         pass
 
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:

@@ -46,8 +46,8 @@ class PredictionCache:
         self._tokens, self._used = tuple(tokens), ()
         self._predictor.on_step(tokens)
 
-    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
-        self._predictor.on_paths(bins)
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"], following: UInt8[np.ndarray, "L E"] | None = None) -> None:
+        self._predictor.on_paths(bins, following)
 
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:
         self._predictor.on_ahead(layer, bins)

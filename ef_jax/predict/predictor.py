@@ -22,12 +22,13 @@ class Predictor(Protocol):
         """A decode step begins; `tokens` are the ids that the active sequences take in, in batch order."""
         ...
 
-    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"], following: UInt8[np.ndarray, "L E"] | None = None) -> None:
         """What the tokens of the running step are likely to use in all layers; only in steps for which it is known.
 
         Args:
           bins: of the active sequences together, as `log_odds.union_bins` gives it. May be kept until the step ends: do
             not write to it.
+          following: the same of the step after this one, where other sequences run whose tokens are known.
         """
         ...
 

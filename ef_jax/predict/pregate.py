@@ -49,8 +49,8 @@ class Pregate(Paths):
         self._held = [None] * (self._layers + 1)
         self._tell_apart()
 
-    def on_paths(self, bins: UInt8[np.ndarray, "L E"]) -> None:
-        super().on_paths(bins)
+    def on_paths(self, bins: UInt8[np.ndarray, "L E"], following: UInt8[np.ndarray, "L E"] | None = None) -> None:
+        super().on_paths(bins, following)
         self._tell_apart()
 
     def on_ahead(self, layer: int, bins: UInt8[np.ndarray, "distances E"]) -> None:

@@ -117,12 +117,12 @@ class Served:
         self._run(np.concatenate(chunks), [row for row, _ in parts], prompt=True)
         return firsts
 
-    def step(self, rows: Sequence[int]) -> list[tuple[int, float]]:
+    def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
         """See `Stepper`; log-probabilities are all 0."""
-        index = self._inputs(rows)
+        index, following = self._inputs(rows), self._inputs(then)
         for row in rows:
             self._taken[row] += 1
-        self._run(index, rows, prompt=False)
+        self._run(index, rows, prompt=False, following=following)
         return [(self._next(row), 0.0) for row in rows]
 
     def leave(self, row: int) -> None:
@@ -144,13 +144,16 @@ class Served:
 
     def _inputs(self, rows: Sequence[int]) -> np.ndarray:
         """Rows of the trace that these rows take in next."""
-        return np.array([self._first[row] + self._taken[row] for row in rows])
+        return np.array([self._first[row] + self._taken[row] for row in rows], np.int64)
 
     def _next(self, row: int) -> int:
         return int(self._trace.tokens[self._first[row] + self._taken[row]])
 
-    def _run(self, index: np.ndarray, rows: Sequence[int], *, prompt: bool) -> None:
-        """A pass over rows `index` of the trace, of the sequences `rows`, which have taken them in."""
+    def _run(
+        self, index: np.ndarray, rows: Sequence[int], *, prompt: bool, following: np.ndarray | None = None
+    ) -> None:
+        """A pass over rows `index` of the trace, of the sequences `rows`, which have taken them in; the next will be
+        over rows `following`, as far as is known."""
         trace = self._trace
         experts = trace.experts[index]
         keys = (experts + self._first_keys).ravel()
@@ -166,8 +169,10 @@ class Served:
             self.replay.run(Pass(True, index.tolist(), tokens, (), [], counts), seconds=seconds)
             return
         step = Pass(False, index.tolist(), tokens, (), experts.transpose(1, 0, 2).tolist(), None)
-        ahead = paths = None
+        ahead = paths = then = None
         if not prompt:
             ahead = None if self._pregate is None else self._pregate.of_step(step.rows)
             paths = None if self._paths is None else union_bins(self._paths[index])
-        self.replay.run(step, ahead, paths, seconds=seconds)
+            if self._paths is not None and following is not None and len(following):
+                then = union_bins(self._paths[following])
+        self.replay.run(step, ahead, paths, following=then, seconds=seconds)

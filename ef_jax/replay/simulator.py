@@ -247,16 +247,18 @@ class Replay:
         ahead: UInt8[np.ndarray, "L distances E"] | None = None,
         paths: UInt8[np.ndarray, "L E"] | None = None,
         *,
+        following: UInt8[np.ndarray, "L E"] | None = None,
         seconds: Sequence[float] | None = None,
     ) -> None:
-        """One pass; of a step of decoding, `ahead` is what the pre-gate says by source, and `paths` what its tokens are
-        predicted to use. `seconds` are its layers' compute times; None: those of all passes."""
+        """One pass; of a step of decoding, `ahead` is what the pre-gate says by source, `paths` what its tokens are
+        predicted to use, and `following` those of the next step. `seconds` are its layers' compute times; None: those
+        of all passes."""
         phase = self.stats.prefill if step.counts is not None else self.stats.decode
         began, busy = self._clock.now, self._busy
         if step.counts is not None:
             self._run_prompt(step.counts, self._prompt_seconds if seconds is None else seconds)
         else:
-            self._run_step(step, ahead, paths, self._step_seconds if seconds is None else seconds)
+            self._run_step(step, ahead, paths, following, self._step_seconds if seconds is None else seconds)
         phase.steps += 1
         phase.tokens += len(step.tokens)
         phase.seconds += self._clock.now - began
@@ -281,11 +283,12 @@ class Replay:
         step: Pass,
         ahead: UInt8[np.ndarray, "L distances E"] | None,
         paths: UInt8[np.ndarray, "L E"] | None,
+        following: UInt8[np.ndarray, "L E"] | None,
         by_layer: Sequence[float],
     ) -> None:
         serve, layers = self._scheduler.serve, len(step.routes)
         of_source: list[np.ndarray | None] = [None] * (layers + 1) if ahead is None else [*ahead, None]
-        self._scheduler.begin_step(step.tokens, of_source[0], paths=paths)
+        self._scheduler.begin_step(step.tokens, of_source[0], paths=paths, following=following)
         if self._link is None:
             for layer, rows in enumerate(step.routes):
                 serve(layer, rows, of_source[layer + 1])

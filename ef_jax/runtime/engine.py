@@ -215,11 +215,12 @@ class Engine:
         self._note_peak()
         return dict(zip(ended, firsts, strict=True))
 
-    def step(self, rows: Sequence[int]) -> list[tuple[int, float]]:
+    def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
         """One token for the sequences of some rows.
 
         Args:
           rows: at most `batch`, whose prompts have run.
+          then: other rows that are to take the next step, as far as is known.
 
         Returns:
           A token and its log-probability for each, in the order of `rows`.
@@ -244,6 +245,7 @@ class Engine:
             None if ahead is None else ahead.bins,
             diversity=None if ahead is None else ahead.diversity,
             paths=self._paths(order),
+            following=self._paths(list(then)),
         )
         serve = functools.partial(self._serve, deferred)
         carried = self._layers(1, span, self._tokens(order), positions, index, serve)
@@ -313,7 +315,7 @@ class Engine:
 
     def _paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
         """What a step of some rows is predicted to use, if there is somebody to hear it."""
-        if self.routing_paths is None or not self.scheduler.hears:
+        if self.routing_paths is None or not rows or not self.scheduler.hears:
             return None
         return union_bins(self.routing_paths.bins(rows))
 

@@ -144,6 +144,7 @@ class Scheduler(Generic[Blocks]):
         *,
         diversity: float | None = None,
         paths: UInt8[np.ndarray, "L E"] | None = None,
+        following: UInt8[np.ndarray, "L E"] | None = None,
     ) -> None:
         """A decode step begins.
 
@@ -152,6 +153,7 @@ class Scheduler(Generic[Blocks]):
           ahead: what the pre-gate sees from the embeddings of these tokens, see `Predictor.on_ahead`.
           diversity: k sum|v|^2 - |sum v|^2 over the embeddings v of the k tokens, see `need`.
           paths: what the tokens are predicted to use in all layers, see `Predictor.on_paths`.
+          following: the same of the tokens of the next step, where they are known already.
         """
         self._make_sure()
         self.residency.policy.on_step(tokens)
@@ -166,7 +168,7 @@ class Scheduler(Generic[Blocks]):
             self._accuracy.on_step()
         if (predictor := self._predictor) is not None:
             try:
-                self._foresee(predictor, tokens, ahead, diversity, paths)
+                self._foresee(predictor, tokens, ahead, diversity, paths, following)
             except Exception as error:
                 self._give_up(error)
 
@@ -304,12 +306,13 @@ class Scheduler(Generic[Blocks]):
         ahead: UInt8[np.ndarray, "distances E"] | None,
         diversity: float | None,
         paths: UInt8[np.ndarray, "L E"] | None,
+        following: UInt8[np.ndarray, "L E"] | None,
     ) -> None:
         """What a predictor and those who listen to it do at the beginning of a step."""
         policy, prefetcher = self.residency.policy, self._prefetcher
         predictor.on_step(tokens)
         if paths is not None:
-            predictor.on_paths(paths)
+            predictor.on_paths(paths, following)
         scores = predictor.step_scores()
         if not math.isfinite(float(scores.sum())):
             raise PredictorError("its probabilities are not numbers")

@@ -200,7 +200,8 @@ class BatchEngine:
             return
         group = sorted(self._rounds.next(decoding), key=_row)
         rows = [_row(request) for request in group]
-        tokens = self._run(group, lambda: self._stepper.step(rows))
+        then = sorted(_row(request) for request in self._rounds.upcoming if request.row is not None)
+        tokens = self._run(group, lambda: self._stepper.step(rows, then))
         if tokens is not None:
             for request, (token, logprob) in zip(group, tokens, strict=True):
                 self._take(request, token, logprob)

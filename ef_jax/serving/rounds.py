@@ -45,3 +45,9 @@ class Rounds:
         self._steps += 1
         self._stepped.update(dict.fromkeys(group, self._steps))
         return group
+
+    @property
+    def upcoming(self) -> Sequence[Request]:
+        """The requests of the step after the last `next`, but for places that are still to be filled; none where the
+        round is over with it."""
+        return self._groups[0] if self._groups else ()

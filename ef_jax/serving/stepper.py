@@ -57,8 +57,12 @@ class Stepper(Protocol):
           The first token and its log-probability, by row, of the rows whose prompt ends in this pass.
         """
 
-    def step(self, rows: Sequence[int]) -> list[tuple[int, float]]:
+    def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
         """One token more of each of at most `batch` rows, ascending, whose prompts are through.
+
+        Args:
+          rows: those that take a token.
+          then: those of them or others that are to take the next step, as far as is known: a hint for prefetches.
 
         Returns:
           A token and its log-probability for each row, in the order of `rows`.

@@ -124,6 +124,20 @@ def test_steps_without_paths_are_those_of_history():
         np.testing.assert_array_equal(paths.ahead(L - 1, L), history.ahead(L - 1, L))  # of the next step
 
 
+def test_the_paths_of_the_next_step_outlast_what_this_one_uses():
+    world, paths = World(), Paths(layers=L, experts=E, top_k=K)
+    (now, _, routes), (then, _, _) = world.step(), world.step()
+    paths.on_step([0])
+    paths.on_paths(now, then)
+    for layer in range(L):
+        paths.on_route(layer, routes[layer].tolist())
+    foreseen = paths.ahead(L - 1, L).copy()
+    assert np.corrcoef(foreseen.ravel(), then.ravel())[0, 1] > 0.9
+    paths.on_step([0])
+    paths.on_paths(then)
+    np.testing.assert_allclose(paths.step_scores(), foreseen, atol=0.1)  # by what has been learned meanwhile
+
+
 def test_cold_paths_are_worth_what_they_stand_for():
     paths = Paths(layers=L, experts=E, top_k=K)
     bins = np.random.default_rng(0).integers(0, 256, (L, E), dtype=np.uint8)

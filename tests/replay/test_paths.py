@@ -24,7 +24,7 @@ class Heard(History):
         super().__init__(layers=L, experts=E)
         self.paths: list[np.ndarray] = []
 
-    def on_paths(self, bins):
+    def on_paths(self, bins, following=None):
         self.paths.append(bins)
 
 

@@ -142,7 +142,7 @@ def test_predictors_hear_what_the_tokens_of_a_step_are_predicted_to_use():
             super().on_step(tokens)
             self.tokens.append(list(tokens))
 
-        def on_paths(self, bins):
+        def on_paths(self, bins, following=None):
             self.paths.append(bins)
 
         def on_ahead(self, layer, bins):

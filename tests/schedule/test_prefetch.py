@@ -29,7 +29,7 @@ class Told:
     def on_step(self, tokens):
         self.heard.append(("step", tokens))
 
-    def on_paths(self, bins):
+    def on_paths(self, bins, following=None):
         self.heard.append(("paths", bins))
 
     def on_ahead(self, layer, bins):

@@ -74,7 +74,7 @@ class Random:
     def on_step(self, tokens):
         self._call()
 
-    def on_paths(self, bins):
+    def on_paths(self, bins, following=None):
         self._call()
 
     def on_ahead(self, layer, bins):

@@ -106,8 +106,11 @@ class FakeStepper:
                 firsts[row] = (self._token(row), -0.5)
         return firsts
 
-    def step(self, rows: Sequence[int]) -> list[tuple[int, float]]:
+    def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
         assert not self.lost
+        assert list(then) == sorted(set(then))
+        assert not set(then) & set(rows)
+        assert all(self.length[row] > 0 for row in then)
         assert list(rows) == sorted(set(rows))
         assert 1 <= len(rows) <= self.batch
         assert all(self.length[row] > 0 for row in rows)

@@ -291,10 +291,10 @@ def test_a_request_cancelled_from_inside_a_pass_ends_after_it(monkeypatch):
     requests = many(2)
     step = stepper.step
 
-    def collected(rows):  # as when a generator is collected while its thread is in a pass
+    def collected(rows, then=()):  # as when a generator is collected while its thread is in a pass
         engine.cancel([requests[0]])
         assert not requests[0].ended
-        return step(rows)
+        return step(rows, then)
 
     engine.submit(requests)
     engine.turn()
@@ -379,7 +379,7 @@ def test_an_error_keeps_nothing_of_the_pass_it_ended(monkeypatch):
     engine = BatchEngine(stepper)
     kept: list[weakref.ref] = []
 
-    def step(rows):
+    def step(rows, then=()):
         array = Array()
         kept.append(weakref.ref(array))
         try:
@@ -394,3 +394,22 @@ def test_an_error_keeps_nothing_of_the_pass_it_ended(monkeypatch):
     assert "in step" in "".join(traceback.format_exception(request.error))
     gc.collect()
     assert [array() for array in kept] == [None, None]
+
+
+def test_a_step_hears_of_the_next_group_of_its_round(monkeypatch):
+    stepper = FakeStepper(4, 2)
+    engine = BatchEngine(stepper)
+    heard, step = [], stepper.step
+
+    def listening(rows, then=()):
+        heard.append((list(rows), list(then)))
+        return step(rows, then)
+
+    monkeypatch.setattr(stepper, "step", listening)
+    requests = many(4)
+    engine.submit(requests)
+    drain(engine, requests)
+    announced = [(then, after) for (_, then), (after, _) in zip(heard, heard[1:], strict=False) if then]
+    assert announced
+    assert all(set(then) <= set(after) or not set(then) & set(after) for then, after in announced)
+    assert sum(set(then) <= set(after) for then, after in announced) > len(announced) // 2
