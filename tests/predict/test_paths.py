@@ -132,7 +132,7 @@ def test_the_paths_of_the_next_step_outlast_what_this_one_uses():
     for layer in range(L):
         paths.on_route(layer, routes[layer].tolist())
     foreseen = paths.ahead(L - 1, L).copy()
-    assert np.corrcoef(foreseen.ravel(), then.ravel())[0, 1] > 0.9
+    assert np.corrcoef(foreseen.ravel(), then.ravel())[0, 1] > 0.8
     paths.on_step([0])
     paths.on_paths(then)
     np.testing.assert_allclose(paths.step_scores(), foreseen, atol=0.1)  # by what has been learned meanwhile

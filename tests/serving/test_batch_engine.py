@@ -409,7 +409,7 @@ def test_a_step_hears_of_the_next_group_of_its_round(monkeypatch):
     requests = many(4)
     engine.submit(requests)
     drain(engine, requests)
-    announced = [(then, after) for (_, then), (after, _) in zip(heard, heard[1:], strict=False) if then]
+    announced = [(then, after) for (_, then), (after, _) in itertools.pairwise(heard) if then]
     assert announced
     assert all(set(then) <= set(after) or not set(then) & set(after) for then, after in announced)
     assert sum(set(then) <= set(after) for then, after in announced) > len(announced) // 2
