@@ -319,7 +319,7 @@ class Engine:
             return None
         return union_bins(self.routing_paths.bins(rows))
 
-    def _tokens(self, rows: list[int]) -> jax.Array:
+    def _tokens(self, rows):  # type: ignore[no-untyped-def]
         """What the sequences of a step take in, `[B, 1]` on the device."""
         if self._fed is not None:
             fed, tokens = self._fed

@@ -1,6 +1,7 @@
 """Continuous batching: requests join and leave the rows of a stepper between its passes."""
 
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,12 +43,12 @@ class BatchEngine:
         than a step takes; None: groups in order of arrival. `clock`: what deadlines refer to, in seconds."""
         self.clock = clock
         self._stepper = stepper
-        self._regroup = regroup
         self._turnstile = Turnstile()
         self._seats = Seats(stepper)
         # Needs no lock: a generator that is collected cancels its request wherever that happens.
         self._cancelled: deque[Request] = deque()
-        self._rounds = Rounds(stepper.batch, self._groups)
+        # No method of this object's: a model that is deleted gives its memory back at once.
+        self._rounds = Rounds(stepper.batch, functools.partial(_groups, stepper, regroup))
         self._lost = False
         self._rests = True
 
@@ -206,12 +207,6 @@ class BatchEngine:
             for request, (token, logprob) in zip(group, tokens, strict=True):
                 self._take(request, token, logprob)
 
-    def _groups(self, decoding: Sequence[Request], size: int) -> list[list[Request]]:
-        paths = None if self._regroup is None else self._stepper.paths([_row(request) for request in decoding])
-        if self._regroup is None or paths is None:
-            return [list(decoding[first : first + size]) for first in range(0, len(decoding), size)]
-        return [[decoding[index] for index in group] for group in self._regroup(paths, size)]
-
     def _run(self, part: Sequence[Request], run: Callable[[], _T]) -> _T | None:
         """A pass; None if it has met a `LinkError` twice, which has ended its requests then."""
         try:
@@ -245,6 +240,14 @@ class BatchEngine:
 
 def _interrupted() -> RuntimeError:
     return RuntimeError("a call that ran together with this request was interrupted, and its caches lost")
+
+
+def _groups(stepper: Stepper, regroup: Regroup | None, decoding: Sequence[Request], size: int) -> list[list[Request]]:
+    """Requests in groups of at most `size`, by their predicted paths if there are any."""
+    paths = None if regroup is None else stepper.paths([_row(request) for request in decoding])
+    if regroup is None or paths is None:
+        return [list(decoding[first : first + size]) for first in range(0, len(decoding), size)]
+    return [[decoding[index] for index in group] for group in regroup(paths, size)]
 
 
 def _row(request: Request) -> int:

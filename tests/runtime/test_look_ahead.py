@@ -94,13 +94,13 @@ def test_a_trained_predictor_knows_the_prompt_and_changes_no_token(tmp_path):
 
     engine = lm._engine
     with lm.trace() as recording:
-        [(token, _)] = _run.start(engine, [PROMPTS[1]], SamplingOptions(), 64)
+        [(first, _)] = _run.start(engine, [PROMPTS[1]], SamplingOptions(), 64)
     state = jnp.zeros((1, spec.state_width))
     for row, token in zip(recording.trace().experts.astype(np.int32), PROMPTS[1], strict=True):
         state = begin(spec, correction.common, jnp.array([token]), state)
         for layer in range(8):
             state = advance(spec, correction.common, state, jnp.int32(layer), jnp.asarray(row[None, layer]))
-    state = begin(spec, correction.common, jnp.array([token]), state)
+    state = begin(spec, correction.common, jnp.array([first]), state)
     np.testing.assert_allclose(engine.look_ahead.state, state, rtol=1e-4, atol=1e-5)
     _run.stop(engine, 1)
 

@@ -11,7 +11,7 @@ from ef_jax.errors import InputError
 from ef_jax.nn import merge_top, pregate, stack_routers, top_definition
 from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
 
-# 3, 45 and 7 tokens: with two to a batch and chunks of 32, the second needs a second chunk, the third runs alone.
+# 3, 45 and 7 tokens: with two at a time and chunks of 32, the second needs a second chunk, the third waits for a place.
 LENGTHS = (3, 45, 7)
 SETTINGS = {"batch": 2, "context": 64, "chunk": 32}
 
@@ -44,12 +44,15 @@ def test_sequences_phases_and_passes(lm: Any, prompts: list[list[int]]) -> None:
     assert trace.experts.dtype == np.uint8
     assert trace.weights is None
 
+    # A prompt pass and a step take turns: 0 prompt of the first, 1 step, 2 and 4 prompt of the second, then steps until
+    # the first has ended (11) and the third has its place; 12 its prompt, and its steps beside the second's.
     assert trace.passes is not None
-    for sequence, (length, passes) in enumerate(zip(LENGTHS, ([0], [0, 1], [11]), strict=True)):
+    first, second = [0], [2, 4]
+    steps = [[1, 3, *range(5, 12)], [*range(5, 12), 13, 14], [*range(13, 22)]]
+    for sequence, (length, chunks) in enumerate(zip(LENGTHS, (first, second, [12]), strict=True)):
         part = slice(trace.offsets[sequence], trace.offsets[sequence + 1])
-        first_step = 12 if sequence == 2 else 2
-        chunks = np.repeat(passes, [min(32, length - 32 * i) for i in range(len(passes))])
-        assert trace.passes[part].tolist() == [*chunks, *range(first_step, first_step + 9)]
+        prompt = np.repeat(chunks, [min(32, length - 32 * i) for i in range(len(chunks))])
+        assert trace.passes[part].tolist() == [*prompt, *steps[sequence]]
         assert trace.phases[part].tolist() == [PROMPT] * length + [DECODE] * 9
 
 
@@ -141,7 +144,7 @@ def test_a_sequence_that_ends_leaves_its_batch(lm: Any, prompts: list[list[int]]
     assert [len(result.tokens) for result in results] == [30, 64 - 45]  # the context is full
     trace = recording.trace()
     assert np.diff(trace.offsets).tolist() == [3 + 29, 45 + 18]
-    assert [len(step.rows) for step in trace.steps() if not step.prompt] == [2] * 18 + [1] * 11
+    assert [len(step.rows) for step in trace.steps() if not step.prompt] == [1, 1] + [2] * 18 + [1] * 9
 
 
 def test_teacher_forced_passes_are_prompts(lm: Any, prompts: list[list[int]]) -> None:
@@ -160,10 +163,12 @@ def test_recording_may_begin_in_a_stream_and_go_on_after_it(lm: Any, prompts: li
     next(stream)
     with lm.trace() as recording:
         before = lm.stats.decode.steps
-        next(stream)
+        for _ in range(4):
+            next(stream)
         steps = lm.stats.decode.steps - before
         stream.close()
         lm.generate(prompts[0], max_new_tokens=2, ignore_eos=True)
     trace = recording.trace()
+    assert steps > 0
     assert np.diff(trace.offsets).tolist() == [steps, 4]
     assert trace.phases.tolist() == [DECODE] * steps + [PROMPT] * 3 + [DECODE]

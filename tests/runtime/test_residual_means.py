@@ -36,7 +36,7 @@ class Streams:
         self.x: list[np.ndarray] = []
         self.ids: list[np.ndarray] = []
 
-    def listen(self, serve: Any, tokens: Any, positions: np.ndarray) -> Any:
+    def listen(self, serve: Any, tokens: Any, positions: np.ndarray, rows: np.ndarray) -> Any:
         seen = positions > 0
 
         def listening(layer: int, carried: Any) -> Any:
