@@ -26,7 +26,7 @@ from ef_jax.replay.pregate_bins import PregateBins
 from ef_jax.replay.simulator import Replay, compute_seconds_per_layer, make_predictor
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.runtime.language_model import LanguageModel
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.link_model import LinkModel
 
 CUT = 0.25

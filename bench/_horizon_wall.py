@@ -26,7 +26,7 @@ from ef_jax.predict.predictor_file import load_predictor
 from ef_jax.replay.simulator import compute_seconds_per_layer, simulate
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.runtime.look_ahead import LookAheadSpec
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.link_model import LinkModel
 
 RATIOS = (0.5, 2.0, 8.0)

@@ -15,7 +15,7 @@ from bench._stand_ins import Clocks, NullPrograms, Playback, null_inserts, timed
 from ef_jax.memory.residency import Residency
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.programs import Programs
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 COMPONENTS = ("read_back", "admit", "link_start", "link_finish", "dispatch")
 

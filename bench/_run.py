@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ef_jax.runtime.engine import Engine
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 
 def start(

@@ -11,7 +11,8 @@ from ef_jax.nn import FULL_WINDOW, merge_top, top_definition
 from ef_jax.runtime import steps
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
-from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
+from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
+from ef_jax.sampling_options import SamplingOptions
 
 
 class SingleProgram:

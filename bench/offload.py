@@ -35,7 +35,7 @@ from bench._streaming import streaming_model
 from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.runtime.language_model import LanguageModel
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.device_link import DeviceLink
 
 SHARES = (0.125, 0.25, 0.5)

@@ -42,7 +42,7 @@ from bench._host_work import COMPONENTS, HostWork
 from bench._single_program import SingleProgram
 from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.loading import bundled_model
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 FRACTIONS = (0.25, 0.5, 1.0)
 TARGETS = {"host_us_per_layer_token": 150.0, "engine_over_single_program": 1.25, "ratio_to_transformers": 3.0}

@@ -43,6 +43,7 @@ from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.prefetch import check_candidates
 from ef_jax.schedule.token_order import check_order
+from ef_jax.schedule.waste import check_most_wasted
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
@@ -72,6 +73,7 @@ def load(
     predictor: str | Path | None = None,
     routing_path: str | Path | None = None,
     candidates: str = "value",
+    most_wasted: float = 1.0,
     order: str = "auto",
     dtype: str | None = None,
     copy_mode: str | None = None,
@@ -104,6 +106,8 @@ def load(
         It says what a token uses in all layers as soon as the token is known, to the other predictor, which it makes
         better far ahead, to the policies that listen, and to the token scheduler. None: nothing does.
       candidates: how prefetches are chosen, a name of `ef_jax.schedule.prefetch.CANDIDATES`.
+      most_wasted: share of the bytes moved that prefetches may move for nothing, where candidates are chosen by value;
+        1.0 is no bound: whatever saves time is fetched.
       order: "resident_first" runs the rows of resident experts while others are on their way, "together" waits for
         all; "auto" decides by how long it would wait. It does not change a result.
       dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
@@ -141,6 +145,7 @@ def load(
         )
         checked_order = check_order(order)
         check_candidates(candidates)
+        check_most_wasted(most_wasted)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
         prefetches = settled.prefetch != "off"
@@ -190,6 +195,7 @@ def load(
         predictor=_predictor(spec, settled, look),
         prefetching=settled,
         candidates=candidates,
+        most_wasted=most_wasted,
         order=checked_order,
     )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)

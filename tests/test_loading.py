@@ -80,3 +80,12 @@ def test_the_plan_comes_before_anything_is_allocated():
     assert allocated == before
     assert plan.total <= 16_000_000 < plan.total + 2 * plan.block_bytes
     assert 0 < plan.slots < plan.experts
+
+
+def test_a_bound_on_wasted_bytes_reaches_the_scheduler():
+    options = {"expert_fraction": 0.25, "context": 64, "chunk": 16, "emulate_link": "1GB/s"}
+    lm = ef_jax.load(most_wasted=0.25, prefetch=2, **options)
+    lm.generate([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)
+    assert lm.stats.horizon["waste"]["most"] == 0.25
+    with pytest.raises(ef_jax.InputError, match=r"most_wasted 1\.5: give a share"):
+        ef_jax.load(most_wasted=1.5, **options)

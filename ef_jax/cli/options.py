@@ -74,6 +74,13 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
         help="a trained routing-path predictor: it says what a token uses in all layers once the token is known",
     )
     group.add_argument(
+        "--most-wasted",
+        type=_fraction,
+        default=1.0,
+        metavar="X",
+        help="share of the bytes moved that prefetches may move for nothing, 0 to 1 (default: 1, whatever saves time)",
+    )
+    group.add_argument(
         "--order",
         choices=("auto", "resident_first", "together"),
         default="auto",
@@ -88,7 +95,8 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
 
 def prefetch_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_prefetch_options` parsed, as `load` takes it."""
-    return {name: getattr(options, name) for name in ("prefetch", "predictor", "routing_path", "order", "emulate_link")}
+    names = ("prefetch", "predictor", "routing_path", "most_wasted", "order", "emulate_link")
+    return {name: getattr(options, name) for name in names}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,8 @@ from ef_jax.runtime.programs import LOGIT_ROWS, Programs
 from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.runtime.rows import Rows
-from ef_jax.runtime.sampling import SamplingOptions
 from ef_jax.runtime.steps import Routed
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.device_link import DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.scheduler import Scheduler
@@ -58,6 +58,7 @@ class Engine:
         predictor: Predictor | None = None,
         prefetching: Prefetching = NO_PREFETCHING,
         candidates: str = "value",
+        most_wasted: float = 1.0,
         order: Order = "auto",
     ) -> None:
         self.spec, self.plan, self.programs = spec, plan, programs
@@ -97,6 +98,7 @@ class Engine:
             predictor=predictor,
             prefetch=prefetching.prefetch,
             candidates=candidates,
+            most_wasted=most_wasted,
         )
 
     @property
@@ -301,14 +303,16 @@ class Engine:
         left = len(tokens)
         began = time.perf_counter()
         self.join(row, tokens, SamplingOptions(), 0)
-        for start, width in self.cuts(left):
-            rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
-            for first in range(0, min(len(rows), width), LOGIT_ROWS):
-                part = rows[first : first + LOGIT_ROWS]
-                padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
-                padded[: len(part)] = part
-                yield np.asarray(run(padded, self._dense.top))[: len(part)]
-        self.leave(row)
+        try:
+            for start, width in self.cuts(left):
+                rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
+                for first in range(0, min(len(rows), width), LOGIT_ROWS):
+                    part = rows[first : first + LOGIT_ROWS]
+                    padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
+                    padded[: len(part)] = part
+                    yield np.asarray(run(padded, self._dense.top))[: len(part)]
+        finally:
+            self.leave(row)
         self.stats.prefill.seconds += time.perf_counter() - began
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()

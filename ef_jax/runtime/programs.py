@@ -46,7 +46,8 @@ from ef_jax.runtime.look_ahead import (
     look_shapes,
     state_shape,
 )
-from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
+from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.spec import ModelSpec
 from pallas_kernels import storage_dtype
 

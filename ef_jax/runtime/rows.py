@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from ef_jax.nn import cache_shape
-from ef_jax.runtime.sampling import SamplingArrays, SamplingOptions, sampling_arrays
+from ef_jax.runtime.sampling import SamplingArrays, sampling_arrays
+from ef_jax.sampling_options import SamplingOptions
 from ef_jax.spec import ModelSpec
 
 _NOBODY = (SamplingOptions(), 0)

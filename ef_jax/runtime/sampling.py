@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from ef_jax.sampling_options import SamplingOptions as SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 _BLOCK = 256
 

@@ -29,8 +29,7 @@ class WasteBound:
     """
 
     def __init__(self, most: float) -> None:
-        if not 0 <= most <= 1:
-            raise InputError(f"most_wasted {most}: give a share of the bytes moved from 0 to 1, where 1 is no bound")
+        check_most_wasted(most)
         self._most = most
         self.price = 0.0 if most == 1 else _FIRST
         self._moved = self._wasted = 0.0
@@ -50,3 +49,13 @@ class WasteBound:
     def report(self) -> dict[str, Any]:
         """Bound, share and price, as plain JSON types."""
         return {"most": self._most, "share": round(self.share, 4), "price": round(self.price, 4)}
+
+
+def check_most_wasted(most: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+      InputError: `most` is not from 0 to 1.
+    """
+    if not 0 <= most <= 1:
+        raise InputError(f"most_wasted {most}: give a share of the bytes moved from 0 to 1, where 1 is no bound")

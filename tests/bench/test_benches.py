@@ -13,7 +13,7 @@ from bench import _models, _report, _run, offload
 from bench._host_work import COMPONENTS, HostWork
 from bench._single_program import SingleProgram
 from ef_jax.loading import load
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 
 def _strict(line: str) -> dict[str, Any]:

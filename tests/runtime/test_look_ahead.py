@@ -15,7 +15,7 @@ from ef_jax.predict.fingerprint import model_fingerprint
 from ef_jax.predict.log_odds import log_odds, to_bins, union
 from ef_jax.predict.predictor_file import save_predictor
 from ef_jax.runtime.look_ahead import token_diversity
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 PROMPTS = [np.arange(20, 30, dtype=np.int32), np.arange(400, 425, dtype=np.int32)]
 

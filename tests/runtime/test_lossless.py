@@ -8,7 +8,7 @@ import pytest
 
 import ef_jax
 from bench import _run
-from ef_jax.runtime.sampling import SamplingOptions
+from ef_jax.sampling_options import SamplingOptions
 
 PROMPT = np.random.default_rng(0).integers(1, 4096, 75).astype(np.int32)
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ef_jax.errors import InputError
-from ef_jax.runtime.sampling import SamplingOptions, mark_seen, sample, sampling_arrays
+from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
+from ef_jax.sampling_options import SamplingOptions
 
 _sample = jax.jit(sample)
 
