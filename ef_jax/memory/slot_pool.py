@@ -34,7 +34,8 @@ class SlotPool:
         pool = jax.ShapeDtypeStruct((slots, *spec.block_shape), dtype, sharding=sharding)
         source = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
         block = jax.ShapeDtypeStruct(spec.block_shape, dtype, sharding=source)
-        self.array = jax.jit(lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=sharding)()
+        self._zeros = jax.jit(lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=sharding)
+        self.array = self._zeros()
         insert = jax.jit(insert_blocks, donate_argnums=0)
         self._insert = [
             insert.lower(pool, [block] * n, jax.ShapeDtypeStruct((n,), np.int32)).compile()
@@ -47,6 +48,13 @@ class SlotPool:
             part = list(blocks[start : start + MAX_INSERT])
             where = np.asarray(slots[start : start + MAX_INSERT], np.int32)
             self.array = self._insert[len(part) - 1](self.array, part, where)
+
+    def restore(self) -> bool:
+        """Make the array anew, empty, if an insert that failed has taken it; whether it has."""
+        lost: bool = self.array.is_deleted()
+        if lost:
+            self.array = self._zeros()
+        return lost
 
     @property
     def temp_bytes(self) -> int:

@@ -211,7 +211,8 @@ class Engine:
             self._rows.length[row] = min(len(self._rows.prompts[row]), start + width)
             phase.tokens += int(self._rows.length[row]) - start
         firsts = self._choose(self._last, ended) if ended else []
-        self._note(COMPUTE, "head", self._served_at)
+        if ended:
+            self._note(COMPUTE, "head", self._served_at)
         self._note(STEPS, "prompts", began)
         phase.seconds += time.perf_counter() - began
         self._note_peak()
@@ -278,6 +279,8 @@ class Engine:
         self._token_report = self._fed = self._report = None
         if self._rows.lost:
             self._rows.clear()
+        if self.link.pool.restore():
+            self.scheduler.forget()
         if self._last.is_deleted():
             self._last = jnp.zeros_like(self._no_outputs[: self.batch])
         if self.look_ahead is not None:

@@ -287,6 +287,10 @@ class Scheduler(Generic[Blocks]):
             self._trial.pause()
         self._report()
 
+    def forget(self) -> None:
+        """What the slots hold is lost."""
+        self._unsure = True
+
     def _make_sure(self) -> None:
         """Where the last run broke off after slots were given out and before they were filled, by an error of the link
         or an interruption, nobody knows what they hold: forget all of it."""

@@ -23,13 +23,20 @@ _T = TypeVar("_T")
 Regroup = Callable[[UInt8[np.ndarray, "n L E"], int], list[list[int]]]
 
 
+PATIENCE = 8
+"""Turns that prompts wait for company at most, while a step has enough to run without them."""
+
+
 class BatchEngine:
     """Serves requests first come, first served, by turns that any thread may take.
 
     A turn is at most one prompt pass, then one decode step, so that a prompt holds running texts up for one chunk at
-    most. Every request ends once: by its output (end of sequence, stop string, length), because it was cancelled or
-    its time was up, or by an error. A `LinkError` ends the requests of the pass that meets it twice in a row; any
-    other error all that hold a row, since it may have lost the caches.
+    most. A pass costs about the same however many prompts it takes, since most experts of every layer are needed. So
+    where enough texts run to fill a step, prompts wait for company, for `PATIENCE` turns at most.
+
+    Every request ends once: by its output (end of sequence, stop string, length), because it was cancelled or its time
+    was up, or by an error. A `LinkError` ends the requests of the pass that meets it twice in a row; any other error all
+    that hold a row, since it may have lost the caches.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class BatchEngine:
         self._rounds = Rounds(stepper.batch, functools.partial(_groups, stepper, regroup))
         self._lost = False
         self._rests = True
+        self._held = 0  # turns that prompts have waited for company
 
     @property
     def idle(self) -> bool:
@@ -184,6 +192,11 @@ class BatchEngine:
         if not filling:
             return
         width = filling[0].cuts[0][1]
+        busy = len(self._seats.decoding) >= self._stepper.batch
+        if busy and len(filling) < self._stepper.lanes(width) and self._held < PATIENCE:
+            self._held += 1
+            return
+        self._held = 0
         part = [request for request in filling if request.cuts[0][1] == width][: self._stepper.lanes(width)]
         parts = [(_row(request), request.cuts[0][0]) for request in part]
         firsts = self._run(part, lambda: self._stepper.prompt_pass(width, parts))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ef_jax.errors import LinkError
-from ef_jax.serving.batch_engine import BatchEngine
+from ef_jax.serving.batch_engine import PATIENCE, BatchEngine
 from ef_jax.serving.request import Request
 from tests.serving.fake_stepper import FakeStepper, drain, is_right, make_request
 
@@ -413,3 +413,23 @@ def test_a_step_hears_of_the_next_group_of_its_round(monkeypatch):
     assert announced
     assert all(set(then) <= set(after) or not set(then) & set(after) for then, after in announced)
     assert sum(set(then) <= set(after) for then, after in announced) > len(announced) // 2
+
+
+def test_prompts_wait_for_company_while_steps_are_full(monkeypatch):
+    stepper = FakeStepper(8, 2)
+    monkeypatch.setattr(stepper, "lanes", lambda width: 2)
+    engine = BatchEngine(stepper)
+    first, late = many(2), many(6)[2:5]
+    engine.submit(first)
+    while any(request.cuts or request.row is None for request in first):
+        engine.turn()
+    passes = [entry for entry in stepper.log if entry[0] == "prompt_pass"]
+    engine.submit(late[:1])
+    for _ in range(PATIENCE):
+        assert not any(request.ended for request in first)
+        engine.turn()
+    assert [entry for entry in stepper.log if entry[0] == "prompt_pass"] == passes  # alone it waits
+    engine.turn()
+    assert len([entry for entry in stepper.log if entry[0] == "prompt_pass"]) == len(passes) + 1  # but not for ever
+    drain(engine, [*first, *late[:1]])
+    assert all(is_right(request) for request in [*first, *late[:1]])
