@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from ef_jax.errors import InputError, LinkError
 from ef_jax.memory.plan import MemoryPlan
+from ef_jax.memory.program_memory import live_bytes
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import FULL_WINDOW
@@ -20,7 +21,7 @@ from ef_jax.predict.log_odds import union_bins
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
-from ef_jax.runtime.programs import LOGIT_ROWS, Programs
+from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.runtime.rows import Rows
@@ -302,18 +303,13 @@ class Engine:
         Yields:
           f32 `[t, V]`, in order; the t sum to T.
         """
-        run = self._running.logits()
         left = len(tokens)
         began = time.perf_counter()
         self.join(row, tokens, SamplingOptions(), 0)
         try:
             for start, width in self.cuts(left):
                 rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
-                for first in range(0, min(len(rows), width), LOGIT_ROWS):
-                    part = rows[first : first + LOGIT_ROWS]
-                    padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
-                    padded[: len(part)] = part
-                    yield np.asarray(run(padded, self._dense.top))[: len(part)]
+                yield from self._running.logits_of(rows, self._dense.top)
         finally:
             self.leave(row)
         self.stats.prefill.seconds += time.perf_counter() - began
@@ -372,25 +368,14 @@ class Engine:
           The residual stream `[lanes, T, D]` after the last layer.
         """
         state, looking = self._rows, self._looking
-        lanes = self.lanes(width)
-        tokens = np.zeros((lanes, width), np.int32)
-        positions = np.full((lanes, width), -1, np.int32)
-        index = np.full(lanes, state.count, np.int32)
-        last = np.array([[0] * lanes, [state.batch] * lanes], np.int32)
-        for lane, (row, start) in enumerate(parts):
-            part = state.prompts[row][start : start + width]
-            tokens[lane, : len(part)] = part
-            positions[lane, : len(part)] = np.arange(start, start + len(part))
-            index[lane] = row
-            if row in ends:
-                last[:, lane] = len(part) - 1, ends[row]
+        chunk = state.chunk(width, self.lanes(width), parts, ends)
         span = self._running.span(max(start for _, start in parts) + width)
         absorb = None
         if looking is not None and looking.state is not None:
-            absorb = functools.partial(self._absorb, self._running.absorb(width), index)
+            absorb = functools.partial(self._absorb, self._running.absorb(width), chunk.rows)
         serve = functools.partial(self._serve_prompt, self._running.wave(width), absorb)
-        carried = self._layers(width, span, tokens, positions, index, serve)
-        x, self._last = self._running.end_chunk(width)(self._dense.finish[-1], carried, self._last, last)
+        carried = self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
+        x, self._last = self._running.end_chunk(width)(self._dense.finish[-1], carried, self._last, chunk.ends)
         self.stats.prefill.steps += 1
         return x
 
@@ -517,11 +502,7 @@ class Engine:
             self.timeline.span(track, name, began, time.perf_counter())
 
     def _note_peak(self) -> None:
-        live = sum(
-            array.nbytes
-            for array in jax.live_arrays()
-            if array.sharding.memory_kind == "device" and self.device in array.sharding.device_set
-        )
+        live = live_bytes(self.device)
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.programs.temp_bytes)
 
 

@@ -28,7 +28,6 @@ import numpy as np
 
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import (
-    KEY_BLOCK,
     QUERY_BLOCK,
     cache_shape,
     dense_shapes,
@@ -37,7 +36,7 @@ from ef_jax.nn import (
     merge_top,
     top_definition,
 )
-from ef_jax.runtime import steps
+from ef_jax.runtime import pass_shapes, steps
 from ef_jax.runtime.look_ahead import (
     LookAheadSpec,
     absorb_chunk,
@@ -46,6 +45,7 @@ from ef_jax.runtime.look_ahead import (
     look_shapes,
     state_shape,
 )
+from ef_jax.runtime.rows import put, take
 from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.spec import ModelSpec
@@ -59,10 +59,6 @@ _EXECUTABLES: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 """What this process has compiled, as `jax.jit` would keep it: loading a model again compiles nothing."""
 
 _MOST_EXECUTABLES = 256
-
-
-PASS_TOKENS = 1024
-"""Tokens that a pass of prompts takes, or one chunk if that is more: decode steps wait for no longer a pass."""
 
 
 class Programs:
@@ -90,8 +86,8 @@ class Programs:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
         self.rows = batch if rows is None else rows
         self.look_ahead = look_ahead
-        self.chunk_widths = chunk_widths(min(chunk, context))
-        self.spans = spans(context)
+        self.chunk_widths = pass_shapes.chunk_widths(min(chunk, context))
+        self.spans = pass_shapes.spans(context)
         self._sharding = sharding
         self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
@@ -142,16 +138,11 @@ class Programs:
 
     def lanes(self, width: int) -> int:
         """Sequences of a pass of that width."""
-        return self.batch if width == 1 else min(self.batch, max(1, PASS_TOKENS // width))
+        return pass_shapes.lanes(width, self.batch)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
-        start = 0
-        while start < length:
-            left = length - start
-            width = next((width for width in self.chunk_widths if width >= left), self.chunk_widths[-1])
-            yield start, width
-            start += width
+        return pass_shapes.chunks(length, self.chunk_widths)
 
     def span(self, positions: int) -> int:
         """The least span that holds `positions` positions; the whole cache for more."""
@@ -246,7 +237,7 @@ class Programs:
         """`(look, state, ids [B, T, K], rows) -> state` (donated): what a chunk leaves for a correction to know."""
 
         def absorb(look, state, ids, rows):  # type: ignore[no-untyped-def]
-            return _put(state, rows, absorb_chunk(self.look_ahead, look, _take(state, rows), ids))
+            return put(state, rows, absorb_chunk(self.look_ahead, look, take(state, rows), ids))
 
         def inputs() -> tuple[Any, ...]:
             lanes = self.lanes(width)
@@ -274,7 +265,7 @@ class Programs:
         def end_chunk(finish, carried, last, ends):  # type: ignore[no-untyped-def]
             x = self._leave(width, kind, finish, carried)
             rows = jnp.take_along_axis(x, ends[0][:, None, None], axis=1)[:, 0]
-            return x, _put(last, ends[1], rows)
+            return x, put(last, ends[1], rows)
 
         def inputs() -> tuple[Any, ...]:
             last = self._float(self.batch, self.spec.hidden)
@@ -302,12 +293,12 @@ class Programs:
             ends = self._top(top)
             logits = ends.logits(last)
             with jax.named_scope("sample"):
-                tokens, logprobs = sample(logits, _take(seen, rows), step, sampling)
+                tokens, logprobs = sample(logits, take(seen, rows), step, sampling)
             ahead = None
             if self.look_ahead is not None:
-                embedded, known = ends.embed_tokens(tokens), _take(state, rows)
+                embedded, known = ends.embed_tokens(tokens), take(state, rows)
                 report, known = look_from_token(self.spec, self.look_ahead, look, embedded, tokens, active, known)
-                ahead = report, _put(state, rows, known)
+                ahead = report, put(state, rows, known)
             chosen = tokens[:, None]
             return chosen, logprobs, mark_seen(seen, chosen, active[:, None], rows), ahead
 
@@ -333,6 +324,15 @@ class Programs:
             return (self._float(LOGIT_ROWS, self.spec.hidden), self._top_leaves())
 
         return self._program(("logits",), logits, inputs)
+
+    def logits_of(self, rows: np.ndarray, top: Sequence[jax.Array]) -> Iterator[np.ndarray]:
+        """f32 `[t, V]` logits of residual rows `[T, D]`, in order; the t sum to T."""
+        run = self.logits()
+        for first in range(0, len(rows), LOGIT_ROWS):
+            part = rows[first : first + LOGIT_ROWS]
+            padded = np.zeros((LOGIT_ROWS, rows.shape[1]), rows.dtype)
+            padded[: len(part)] = part
+            yield np.asarray(run(padded, top))[: len(part)]
 
     def _analyses(self) -> list[Any]:
         """The memory analyses of all programs so far; each takes XLA milliseconds, once."""
@@ -377,8 +377,8 @@ class Programs:
         if width == 1:
             if self.look_ahead is None:
                 return entered, k, v, None
-            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, _take(state, rows))
-            return entered, k, v, (report, _put(state, rows, known))
+            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, take(state, rows))
+            return entered, k, v, (report, put(state, rows, known))
         rows = steps.sort_rows(entered, self.spec.experts.count)
         return (entered, rows, jnp.zeros_like(rows.rows)), k, v, None
 
@@ -488,33 +488,6 @@ class Programs:
 
     def _seen(self) -> jax.ShapeDtypeStruct:
         return self._array((self.rows, self.spec.vocab), np.bool_)
-
-
-def _take(array, rows):  # type: ignore[no-untyped-def]
-    """Some rows of an array; all of them where there are no rows."""
-    return array if array is None or rows is None else array.at[rows].get(mode="clip")
-
-
-def _put(array, rows, new):  # type: ignore[no-untyped-def]
-    """The array with new rows, those beyond its end left out; `new` itself where there are no rows."""
-    return new if new is None or rows is None else array.at[rows].set(new, mode="drop")
-
-
-def chunk_widths(chunk: int) -> tuple[int, ...]:
-    """Widths that a prompt is cut into: `chunk`, and a fourth and a sixteenth of it for what is left over."""
-    return tuple(sorted({max(2, width) for width in (chunk // 16, chunk // 4, chunk)}))
-
-
-def spans(context: int) -> tuple[int, ...]:
-    """Lengths of the caches that programs read: a key block times powers of four, and all that holds the context."""
-    if context <= KEY_BLOCK:
-        return (context,)
-    shorter = []
-    span = KEY_BLOCK
-    while span < context:
-        shorter.append(span)
-        span *= 4
-    return (*shorter, context + -context % KEY_BLOCK)
 
 
 def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:

@@ -1,5 +1,8 @@
 """The sequences that an engine holds: keys and values, lengths, sampling."""
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,21 @@ from ef_jax.spec import ModelSpec
 
 _NOBODY = (SamplingOptions(), 0)
 _MOST_GROUPS = 64
+
+
+class Chunk(NamedTuple):
+    """One chunk of each of some prompts, as a pass takes it.
+
+    Attributes:
+      tokens, positions: int32 `[lanes, T]`; 0 and -1 where there is no token.
+      rows: int32 `[lanes]`; R in lanes that are empty.
+      ends: int32 `[2, lanes]`, see `Programs.end_chunk`.
+    """
+
+    tokens: Int32[np.ndarray, "lanes T"]
+    positions: Int32[np.ndarray, "lanes T"]
+    rows: Int32[np.ndarray, "lanes"]
+    ends: Int32[np.ndarray, "two lanes"]
 
 
 class Rows:
@@ -84,3 +102,34 @@ class Rows:
                 of_place[place] = self._options[row]
             self._sampling[key] = jax.device_put(sampling_arrays(of_place), self.sharding)
         return self._sampling[key]
+
+    def chunk(self, width: int, lanes: int, parts: Sequence[tuple[int, int]], ends: Mapping[int, int]) -> Chunk:
+        """A pass over the prompts of some rows.
+
+        Args:
+          width: tokens of each prompt.
+          lanes: prompts that the pass has room for.
+          parts: row and start of each.
+          ends: of the rows whose prompts end in the pass, where their last residual row goes.
+        """
+        tokens, positions = np.zeros((lanes, width), np.int32), np.full((lanes, width), -1, np.int32)
+        index = np.full(lanes, self.count, np.int32)
+        last = np.array([[0] * lanes, [self.batch] * lanes], np.int32)
+        for lane, (row, start) in enumerate(parts):
+            part = self.prompts[row][start : start + width]
+            tokens[lane, : len(part)] = part
+            positions[lane, : len(part)] = np.arange(start, start + len(part))
+            index[lane] = row
+            if row in ends:
+                last[:, lane] = len(part) - 1, ends[row]
+        return Chunk(tokens, positions, index, last)
+
+
+def take(array, rows):  # type: ignore[no-untyped-def]
+    """Some rows of an array, while tracing; all of them where `rows` is None."""
+    return array if array is None or rows is None else array.at[rows].get(mode="clip")
+
+
+def put(array, rows, new):  # type: ignore[no-untyped-def]
+    """The array with new rows, those beyond its end left out, while tracing; `new` itself where `rows` is None."""
+    return new if new is None or rows is None else array.at[rows].set(new, mode="drop")
