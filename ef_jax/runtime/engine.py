@@ -86,6 +86,7 @@ class Engine:
         self._report: jax.Array | None = None
         self._token_report: tuple[list[int], Report] | None = None  # and the rows of the tokens
         self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
+        self._age_order: list[int] | None = None  # places of a step's sequences, the oldest first; None: as they stand
         self._resting = True
         dtype, chosen = jnp.dtype(spec.dtype), plan.batch * spec.experts.top_k
         self._last = jnp.zeros((plan.batch, spec.hidden), dtype, device=self._rows.sharding)
@@ -234,8 +235,10 @@ class Engine:
         """
         state, phase = self._rows, self.stats.decode
         began = time.perf_counter()
-        order = sorted(rows) if state.count == state.batch else list(rows)
+        by_age = sorted(rows, key=lambda row: int(state.number[row]))  # as replays have them
+        order = sorted(rows) if state.count == state.batch else by_age
         places = state.places(order)
+        self._age_order = None if order == by_age else [order.index(row) for row in by_age]
         positions = np.full((state.batch, 1), -1, np.int32)
         positions[places, 0] = state.length[order]
         index = state.index(order) if state.count != state.batch else None
@@ -245,7 +248,7 @@ class Engine:
             self._look(None)
         ahead = self._token_report[1] if self._token_report is not None and self._token_report[0] == order else None
         self.scheduler.begin_step(
-            state.tokens[order].tolist(),
+            state.tokens[by_age].tolist(),
             None if ahead is None else ahead.bins,
             diversity=None if ahead is None else ahead.diversity,
             paths=self._paths(order),
@@ -256,7 +259,7 @@ class Engine:
         chosen = self._choose(self._running.end_step()(self._dense.finish[-1], carried), order)
         self._note(COMPUTE, "head", self._served_at)
         for layer, ids in deferred:
-            self.scheduler.note(layer, _rows(ids))
+            self.scheduler.note(layer, self._by_age(_rows(ids)))
         state.length[order] += 1
         phase.seconds += time.perf_counter() - began
         phase.tokens += len(order)
@@ -389,7 +392,8 @@ class Engine:
         rows, windows, layers, finish = self._rows, self._windows, self._dense.layers, self._dense.finish
         run = self._running.layers(width, span)
         if self.recorder is not None:
-            serve = self.recorder.listen(serve, tokens, positions, np.arange(rows.count) if index is None else index)
+            of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
+            serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
         self._served_at = time.perf_counter()
         looks = self._looks if width == 1 else [None] * len(layers)
         carried, rows.k[0], rows.v[0], ahead, places = run[0](
@@ -467,7 +471,7 @@ class Engine:
         ) as error:  # JAX's: a copy that nobody waited for may have failed, and what reads it fails too
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)
-        admission = scheduler.ask(index, rows, bins)
+        admission = scheduler.ask(index, self._by_age(rows), bins)
         if not (admission.missing or admission.late):
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
         if not run_there_first(self.order, admission, link):
@@ -496,6 +500,10 @@ class Engine:
             outputs = wave(rows, outputs, self.link.pool.array, part.slot_row)
             self._note(COMPUTE, f"prompt, wave of layer {index}", began)
         return routed, rows.order, outputs
+
+    def _by_age(self, rows: list[list[int]]) -> list[list[int]]:
+        """What the sequences of a step chose, the oldest sequence first."""
+        return rows if self._age_order is None else [rows[place] for place in self._age_order]
 
     def _note(self, track: str, name: str, began: float) -> None:
         if self.timeline is not None:

@@ -23,7 +23,7 @@ class Listener(Protocol):
     """Hears of every pass of an engine: see `Recorder.listen`."""
 
     def listen(
-        self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, rows: np.ndarray
+        self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, numbers: np.ndarray
     ) -> Serve: ...
 
 
@@ -32,7 +32,7 @@ class _Running(NamedTuple):
 
     tokens: jax.Array | np.ndarray
     positions: np.ndarray
-    rows: np.ndarray
+    numbers: np.ndarray
     ids: list[jax.Array]
     weights: list[jax.Array]
     pregate: list[jax.Array]  # float16 [B, T, H, E] by source
@@ -52,7 +52,7 @@ class _Rows(NamedTuple):
 class Recorder:
     """Listens to the passes of an engine and makes a `RoutingTrace` of them.
 
-    Sequences are in the order in which they began, those of one pass in its order; one that was under way when
+    Sequences are in the order in which they joined, in passes too; one that was under way when
     recording began starts with its first recorded token. Teacher-forced passes (`logits`, `score`) are prompts. A pass
     that fails before its last layer is left out.
 
@@ -82,11 +82,9 @@ class Recorder:
         self._block_bytes, self._model, self._fingerprint = block_bytes, model, fingerprint
         self._weights, self._probe = weights, probe
         self._recorded: list[_Rows] = []
-        self._sequences: dict[int, int] = {}  # by row of the engine
-        self._begun = 0
         self._pending: list[_Running] = []
 
-    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Serve:
+    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> Serve:
         """A pass begins.
 
         Args:
@@ -94,14 +92,14 @@ class Recorder:
             decoding, and begins with it in a chunk of prompts.
           tokens: int32 `[B, T]`; a step of decoding has one column, a chunk of prompts more.
           positions: int32 `[B, T]`, -1 where there is no token.
-          rows: int32 `[B]`, the engine's row of each sequence.
+          numbers: int64 `[B]`, of each sequence, which are counted as they join; of empty places, anything.
 
         Returns:
           What the engine calls instead of `serve` in this pass.
         """
         if len(self._pending) == _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
             self._settle()
-        running = _Running(tokens, positions, rows, [], [], [])
+        running = _Running(tokens, positions, numbers, [], [], [])
         self._pending.append(running)
         keep_ids, keep_weights, keep_scores = running.ids.append, running.weights.append, running.pregate.append
         prompt, weights, probe, last = positions.shape[1] > 1, self._weights, self._probe, self._layers - 1
@@ -129,7 +127,7 @@ class Recorder:
         if not self._recorded:
             raise InputError("nothing was recorded: generate or score something while the trace is on")
         rows = self._recorded
-        sequences = np.concatenate([part.sequences for part in rows])
+        sequences = np.unique(np.concatenate([part.sequences for part in rows]), return_inverse=True)[1]
         order = np.argsort(sequences, kind="stable")
         sizes = [len(part.tokens) for part in rows]
         places = np.argsort(order)
@@ -158,11 +156,6 @@ class Recorder:
         positions = running.positions
         places, columns = np.nonzero(positions >= 0)
         prompt = positions.shape[1] > 1
-        for place in dict.fromkeys(places.tolist()):
-            row = int(running.rows[place])
-            if row not in self._sequences or not positions[place, 0]:  # a new sequence has the row
-                self._sequences[row] = self._begun
-                self._begun += 1
 
         def rows(layers: list[jax.Array], dtype: Any) -> np.ndarray:
             joined = np.concatenate([np.asarray(layer) for layer in layers], axis=-1)[places, columns]
@@ -174,7 +167,7 @@ class Recorder:
         nothing = np.empty(0, np.float16)
         return _Rows(
             phase=PROMPT if prompt else DECODE,
-            sequences=np.array([self._sequences[row] for row in running.rows[places].tolist()]),
+            sequences=running.numbers[places],
             tokens=np.asarray(running.tokens)[places, columns],
             experts=rows(running.ids, self._dtype),
             weights=rows(running.weights, np.float16) if self._weights else nothing,

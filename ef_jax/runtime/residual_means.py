@@ -38,7 +38,7 @@ class ResidualMeans:
         self._embed = jax.jit(lambda top, tokens: merge_top(self._definition, top).embed_tokens(tokens))
         self._tokens = 0
 
-    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, rows: np.ndarray) -> Serve:
+    def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> Serve:
         """A pass begins; as `Recorder.listen`."""
         counted, prompt = positions > 0, positions.shape[1] > 1
         self._tokens += int(counted.sum())

@@ -46,6 +46,7 @@ class Rows:
       k, v: one device array a decoder layer, `[R, N, C, hd]` (`cache_shape`); programs donate and replace them.
       seen: bool `[R, V]` on the device, tokens of prompt and text so far.
       prompts: each row's prompt.
+      number: int64 `[R]`, of the sequence in each row: they are counted as they join.
       length: int32 `[R]`, tokens in the caches.
       step: int32 `[R]`, tokens generated.
       tokens: int32 `[R]`, the last of them, which no layer has run on yet.
@@ -56,6 +57,7 @@ class Rows:
         self.count, self.batch = rows, batch
         self._spec, self._context = spec, context
         self.prompts: list[np.ndarray] = [np.zeros(0, np.int32)] * rows
+        self.number, self._joined = np.zeros(rows, np.int64), 0
         self.length, self.step, self.tokens = (np.zeros(rows, np.int32) for _ in range(3))
         self._options = [_NOBODY] * rows
         self._sampling: dict[tuple[int, ...], SamplingArrays] = {}
@@ -77,6 +79,7 @@ class Rows:
     def join(self, row: int, prompt: Int32[np.ndarray, "T"], options: SamplingOptions, draw: int) -> None:
         """A new sequence takes a row; what the caches hold of the last one is overwritten as it runs."""
         self.prompts[row] = prompt
+        self.number[row], self._joined = self._joined, self._joined + 1
         self.length[row] = self.step[row] = 0
         self._options[row] = options, draw
         self._sampling.clear()

@@ -135,7 +135,7 @@ def test_the_paths_of_the_next_step_outlast_what_this_one_uses():
     assert np.corrcoef(foreseen.ravel(), then.ravel())[0, 1] > 0.8
     paths.on_step([0])
     paths.on_paths(then)
-    np.testing.assert_allclose(paths.step_scores(), foreseen, atol=0.1)  # by what has been learned meanwhile
+    assert np.corrcoef(foreseen.ravel(), paths.step_scores().ravel())[0, 1] > 0.8  # something was learned meanwhile
 
 
 def test_cold_paths_are_worth_what_they_stand_for():
