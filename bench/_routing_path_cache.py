@@ -23,11 +23,13 @@ import numpy as np
 
 from bench._report import rounded, table
 from bench._routing_path_data import Fitted, Options, on_bundled, on_trace
+from ef_jax.errors import InputError
 from ef_jax.predict import Paths, Predictor
 from ef_jax.progress import Progress
 from ef_jax.replay.replays import Replays, SweepSettings, Task
 from ef_jax.replay.simulator import simulate
 from ef_jax.replay.trace import RoutingTrace
+from ef_jax.replay.trace_file import load_trace
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.stats import PhaseStats
 
@@ -59,10 +61,19 @@ class _Arm(NamedTuple):
 
 def run(options: Options) -> dict[str, Any]:
     """The part's tables, and its figures as JSON."""
+    residencies = tuple(options.residency or RESIDENCIES)
+    if options.paths is not None:
+        if options.trace is None:
+            raise InputError("predicted paths are of a trace: give --trace, too")
+        trace, bins = load_trace(options.trace), np.load(options.paths, mmap_mode="r", allow_pickle=False)
+        first = trace.sequences - options.report
+        data = _Data(trace.select(first), np.asarray(bins[trace.offsets[first] :]))
+        return {"targets": TARGETS, "trace": measure(data, residencies=residencies)}
     fitted = {"bundled": on_bundled(options)}
     if options.trace is not None:
         fitted = {"trace": on_trace(options), **fitted}
-    return {"targets": TARGETS, **{name: measure(_data(each)) for name, each in fitted.items()}}
+    measured = {name: measure(_data(each), residencies=residencies) for name, each in fitted.items()}
+    return {"targets": TARGETS, **measured}
 
 
 def _data(fitted: Fitted) -> _Data:

@@ -1,6 +1,7 @@
 """What is predicted from token ids alone, before a token's first layer runs, and what is that worth to a cache?
 
     python -m bench.routing_path [--trace TRACE.npz] [--only prediction cache] [--epochs 12] [--save]
+    python -m bench.routing_path --only cache --trace TRACE.npz --paths BINS.npy --residency 0.25
 
 prediction: recall of the K and 1.5 K likeliest experts of a layer (for a batch: union of candidates against union of
   uses), of a routing path trained by `ef-jax train-predictor --kind routing_path` and of cheaper predictors: "token-id
@@ -34,6 +35,12 @@ def main() -> int:
     parser.add_argument("--fit", type=_report.positive, default=300, help="sequences of the trace to learn from")
     parser.add_argument("--report", type=_report.positive, default=60, help="sequences at its end to report")
     parser.add_argument("--samples", type=_report.positive, default=384, help="sequences of 256 tokens to sample")
+    parser.add_argument(
+        "--paths", type=Path, metavar="NPY", help="part cache: predicted paths of the trace; nothing else"
+    )
+    parser.add_argument(
+        "--residency", type=float, nargs="+", metavar="X", help="part cache: shares of experts in slots"
+    )
     parser.add_argument("--epochs", type=float, default=12.0, help="of training")
     parser.add_argument("--width", type=_report.positive, default=64, help="of the routing path")
     parser.add_argument("--seed", type=int, default=0)
