@@ -169,7 +169,7 @@ def _save(path: Path, tree: dict[str, np.ndarray]) -> None:
 _REPEATED = (
     "Skipping merge of OCDBT checkpoints",
     "_SignalingThread.run() raised an exception",
-    "Task exception was never retrieved",
+    "exception was never retrieved",
 )
 
 
@@ -178,8 +178,9 @@ def _quiet_orbax() -> Iterator[None]:
     """Drop what Orbax prints beside the exceptions that it raises.
 
     It warns that there is nothing to merge, which is so whenever OCDBT is off. When writing fails, its threads log the
-    error that it raises anyway, and TensorStore's threads, finding its event loop closed, print tracebacks. Some of
-    that comes after the exception, so that it goes on being dropped then.
+    error that it raises anyway, and TensorStore's threads, finding its event loop closed, print tracebacks. A second
+    array that fails before the loop is closed leaves a task or a future whose error nobody asks for, which asyncio
+    logs. Some of that comes after the exception, so that it goes on being dropped then.
     """
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,5 +1,7 @@
 """Conversions that stop half-way: what is finished stays, what is not is done again, nothing looks complete."""
 
+import asyncio
+import gc
 import json
 import os
 import shutil
@@ -173,9 +175,37 @@ def test_a_file_size_limit(original: Path, destination: Path) -> None:
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1, done.stderr
     assert "cannot write" in done.stderr
     assert os.listdir(destination.parent) == ["original"]
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_second_array_that_cannot_be_written_is_not_logged(awaited: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax closes its event loop at the first failure, whatever else has failed by then."""
+
+    async def write() -> None:
+        raise OSError("File too large")
+
+    def fail_and_close() -> None:
+        loop = asyncio.new_event_loop()
+        if awaited:
+            task = loop.create_task(write())
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            assert task.done()
+        else:
+            loop.create_future().set_exception(OSError("File too large"))
+        loop.close()
+
+    fail_and_close()
+    gc.collect()
+    assert "exception was never retrieved" in caplog.text
+    caplog.clear()
+    with checkpoints_tools.to_orbax._quiet_orbax():
+        fail_and_close()
+        gc.collect()
+    assert caplog.text == ""
 
 
 def test_weights_that_are_nan_leave_nothing(
