@@ -15,7 +15,7 @@ _ROUNDS = 10
 
 def union(chances: np.ndarray, groups: Groups) -> float:
     """Experts that groups are expected to use, in sum."""
-    left_out = 1 - chances.reshape(len(chances), -1)
+    left_out = 1 - chances
     return sum(float((1 - left_out[group].prod(axis=0)).sum()) for group in groups)
 
 
@@ -76,7 +76,7 @@ def library(chances: np.ndarray, size: int) -> Groups:
 
 def best(chances: np.ndarray, size: int) -> Groups:
     """The smallest union of all partitions, by trying them all."""
-    return min(_partitions(list(range(len(chances))), size), key=lambda groups: union(chances, groups))
+    return min(partitions(list(range(len(chances))), size), key=lambda groups: union(chances, groups))
 
 
 GROUPINGS: dict[str, Grouping] = {
@@ -92,7 +92,7 @@ def _left_out(chances: np.ndarray) -> np.ndarray:
     return 1 - token_scheduler._looked_at(chances)
 
 
-def _partitions(rows: Sequence[int], size: int) -> Iterator[Groups]:
+def partitions(rows: Sequence[int], size: int) -> Iterator[Groups]:
     """Every way to make ceil(n / size) groups of at most `size`."""
     if not rows:
         yield []
@@ -103,5 +103,5 @@ def _partitions(rows: Sequence[int], size: int) -> Iterator[Groups]:
         for company in itertools.combinations(others, more):
             rest = [row for row in others if row not in company]
             if -(-len(rest) // size) == left - 1:
-                for groups in _partitions(rest, size):
+                for groups in partitions(rest, size):
                     yield [[first, *company], *groups]

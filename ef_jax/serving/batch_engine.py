@@ -22,7 +22,6 @@ _T = TypeVar("_T")
 
 Regroup = Callable[[UInt8[np.ndarray, "n L E"], int], list[list[int]]]
 
-
 PATIENCE = 8
 """Turns that prompts wait for company at most, while a step has enough to run without them."""
 

@@ -7,31 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench._groupings import partitions, union
 from ef_jax.errors import InputError
 from ef_jax.predict.log_odds import NOMINAL
 from ef_jax.schedule.token_scheduler import in_order, regroup
 
 _MOST = 0.98  # what `regroup` takes for certain
-
-
-def union(chances, groups):
-    """Experts that the groups are expected to use, in sum."""
-    return sum(float((1 - (1 - chances[group].reshape(len(group), -1)).prod(axis=0)).sum()) for group in groups)
-
-
-def partitions(rows, size):
-    """Every way to make ceil(n / size) groups of at most `size` rows."""
-    if not rows:
-        yield []
-        return
-    first, *others = rows
-    left = -(-len(rows) // size)
-    for more in range(min(size, len(rows))):
-        for company in itertools.combinations(others, more):
-            rest = [row for row in others if row not in company]
-            if -(-len(rest) // size) == left - 1:
-                for groups in partitions(rest, size):
-                    yield [[first, *company], *groups]
 
 
 def routes(random, rows, layers, experts, top_k, kinds):
