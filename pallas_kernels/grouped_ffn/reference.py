@@ -2,37 +2,88 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
-from pallas_kernels.grouped_ffn.storage import from_storage
+from pallas_kernels.grouped_ffn.backend import Backend
+from pallas_kernels.grouped_ffn.biases import ExpertBiases
+from pallas_kernels.grouped_ffn.problem import Problem
+from pallas_kernels.grouped_ffn.storage import Pool, weights_of_slot
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def grouped_ffn_reference(
-    x_sorted: Float[Array, "M D"],
-    pool: Shaped[Array, "S 3 F D"],
+def _slot_of_row(slot_of_group: Int32[Array, "G"], group_sizes: Int32[Array, "G"] | None, rows: int) -> jax.Array:
+    """[M], -1 for rows that no group with a slot has."""
+    ends = jnp.cumsum(jnp.ones_like(slot_of_group) if group_sizes is None else group_sizes)
+    group = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
+    return jnp.where(group < ends.shape[0], slot_of_group[jnp.minimum(group, ends.shape[0] - 1)], -1)
+
+
+def _ffn(
+    x: Float[Array, "M D"],
+    pool: Pool,
+    biases: ExpertBiases | None,
     slot_of_group: Int32[Array, "G"],
     group_sizes: Int32[Array, "G"] | None,
     out: Float[Array, "M D"],
-    *,
-    activation: str,
-    tile_rows: int,
+    problem: Problem,
 ) -> Float[Array, "M D"]:
-    """`grouped_ffn` one row at a time; see `api.grouped_ffn`. `tile_rows` has no effect: no row sees another."""
-    del tile_rows
-    act = ACTIVATIONS[activation]
-    ends = jnp.cumsum(jnp.ones_like(slot_of_group) if group_sizes is None else group_sizes)
+    act = ACTIVATIONS[problem.activation or ""]
 
-    def one_row(row: jax.Array, x: jax.Array, before: jax.Array) -> jax.Array:
-        group = jnp.searchsorted(ends, row, side="right")
-        slot = jnp.where(group < ends.shape[0], slot_of_group[jnp.minimum(group, ends.shape[0] - 1)], -1)
-        block = from_storage(pool[jnp.maximum(slot, 0)], x.dtype).astype(jnp.float32)
-        wide = x.astype(jnp.float32)
-        highest = jax.lax.Precision.HIGHEST
-        gate = jnp.dot(block[0], wide, precision=highest)
-        up = jnp.dot(block[1], wide, precision=highest)
-        y = jnp.dot(act(gate) * up, block[2], precision=highest)
-        return jnp.where(slot >= 0, y.astype(x.dtype), before)
+    def one_row(slot: jax.Array, row: jax.Array, before: jax.Array) -> jax.Array:
+        at = jnp.maximum(slot, 0)
+        block = weights_of_slot(pool, at, row.dtype).astype(jnp.float32)
+        wide = row.astype(jnp.float32)
+        gate = jnp.dot(block[0], wide, precision=_HIGHEST)
+        up = jnp.dot(block[1], wide, precision=_HIGHEST)
+        if biases is not None:
+            gate, up = gate + biases.gate[at].astype(jnp.float32), up + biases.up[at].astype(jnp.float32)
+        y = jnp.dot(act(gate, up), block[2], precision=_HIGHEST)
+        if biases is not None:
+            y = y + biases.down[at].astype(jnp.float32)
+        return jnp.where(slot >= 0, y.astype(row.dtype), before)
 
-    rows = jnp.arange(x_sorted.shape[0], dtype=jnp.int32)
-    return jax.lax.map(lambda args: one_row(*args), (rows, x_sorted, out))
+    slots = _slot_of_row(slot_of_group, group_sizes, x.shape[0])
+    return jax.lax.map(lambda args: one_row(*args), (slots, x, out))
+
+
+def _matmul(
+    x: Float[Array, "M C"],
+    pool: Pool,
+    slot_of_group: Int32[Array, "G"],
+    group_sizes: Int32[Array, "G"] | None,
+    out: Float[Array, "M N"],
+    problem: Problem,
+    part: int,
+    contract_last: bool,
+) -> Float[Array, "M N"]:
+    del problem
+
+    def one_row(slot: jax.Array, row: jax.Array, before: jax.Array) -> jax.Array:
+        weights = weights_of_slot(pool, jnp.maximum(slot, 0), row.dtype)[part].astype(jnp.float32)
+        y = jnp.dot(row.astype(jnp.float32), weights.T if contract_last else weights, precision=_HIGHEST)
+        return jnp.where(slot >= 0, y.astype(before.dtype), before)
+
+    slots = _slot_of_row(slot_of_group, group_sizes, x.shape[0])
+    return jax.lax.map(lambda args: one_row(*args), (slots, x, out))
+
+
+def _outer(
+    a: Float[Array, "M A"],
+    b: Float[Array, "M B"],
+    slot_of_group: Int32[Array, "G"],
+    group_sizes: Int32[Array, "G"] | None,
+    problem: Problem,
+) -> Float32[Array, "S A B"]:
+    def one_row(sums: jax.Array, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        slot, left, right = row
+        product = left.astype(jnp.float32)[:, None] * right.astype(jnp.float32)[None, :]
+        return sums.at[jnp.maximum(slot, 0)].add(jnp.where(slot >= 0, product, 0.0)), None
+
+    slots = _slot_of_row(slot_of_group, group_sizes, a.shape[0])
+    empty = jnp.zeros((problem.slots, a.shape[1], b.shape[1]), jnp.float32)
+    return jax.lax.scan(one_row, empty, (slots, a, b))[0]
+
+
+BACKEND = Backend(name="reference", refuses=lambda problem: None, ffn=_ffn, matmul=_matmul, outer=_outer)
