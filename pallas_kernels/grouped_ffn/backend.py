@@ -15,7 +15,8 @@ class Backend:
     Attributes:
       name: as `implementation` names it.
       refuses: why this problem cannot run here, or None. It looks at the problem only, and never raises.
-      ffn: `(x [M, D], pool, biases or None, slot_of_group [G], group_sizes [G] or None, out [M, D], problem) -> [M, D]`.
+      ffn: `(x [M, D], pool, biases or None, slot_of_group [G], group_sizes [G] or None, out [M, D], problem)
+        -> [M, D]`.
       matmul: `(x [M, C], pool [S, P, A, B], slot_of_group, group_sizes, out [M, N], problem, part, contract_last)
         -> [M, N]`: rows times part `part` of their group's block; C is B and N is A with `contract_last`, else C is A
         and N is B. The result has `out`'s dtype.
