@@ -8,10 +8,10 @@ import numpy as np
 from jax.experimental import checkify
 
 from pallas_kernels.grouped_ffn.quantized import QuantizedPool, check_quantized
-from pallas_kernels.grouped_ffn.storage import Pool, storage_dtype
+from pallas_kernels.grouped_ffn.storage import storage_dtype
 
 
-def check_pool(pool: Pool, dtype: Any) -> None:
+def check_pool(pool: Any, dtype: Any) -> None:
     """Refuses a pool that does not hold weights for rows of `dtype`.
 
     Raises:
