@@ -1,11 +1,12 @@
 """What every backend offers: a file of its own, one `Backend` in it, and a row in the table of `backends`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 
 from pallas_kernels.grouped_ffn.problem import Problem
+from pallas_kernels.grouped_ffn.tiles import Operation, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Backend:
         and N is B. The result has `out`'s dtype.
       outer: `(a [M, A], b [M, B], slot_of_group, group_sizes, problem) -> float32 [S, A, B]`: for each slot, the sum
         over its groups' rows of the outer products, zeros for slots that no row uses (the gradient of weights).
+      candidates: `(operation, problem) ->` tiles for the tuner to try, the heuristic's own first; none where there is
+        nothing to tune.
 
     `ffn` and `matmul` leave rows of skipped groups (slot -1), and rows past the last group, as `out` has them.
     """
@@ -31,3 +34,4 @@ class Backend:
     ffn: Callable[..., jax.Array]
     matmul: Callable[..., jax.Array]
     outer: Callable[..., jax.Array]
+    candidates: Callable[[Operation, Problem], Sequence[Tiles]] = lambda operation, problem: ()
