@@ -32,7 +32,18 @@ class DecoderLayer(nnx.Module):
         if not moe and spec.dense_width is None:
             raise UnsupportedError("a dense layer needs a dense_width in its spec, got None")
         # One assignment each: NNX takes an attribute for an array holder or not by its first value.
-        self.router = Router(spec, rngs=rngs) if moe else None
+        self.router = (
+            Router(
+                spec.router,
+                hidden=spec.hidden,
+                experts=spec.experts.count,
+                top_k=spec.experts.top_k,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            if moe
+            else None
+        )
         self.shared = GatedFFN(spec, shared.width, gated=shared.gated, rngs=rngs) if moe and shared else None
         self.mlp = GatedFFN(spec, spec.dense_width, rngs=rngs) if spec.dense_width and not moe else None
 

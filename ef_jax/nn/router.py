@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.nn.linear import along_last, linear, normal_param
-from ef_jax.spec import ModelSpec, RouterGroups, RouterSpec
+from ef_jax.spec import RouterGroups, RouterSpec
 
 
 def router_logits(
@@ -84,15 +84,16 @@ def _limit_to_groups(choice: Float32[Array, "*rows E"], groups: RouterGroups) ->
 class Router(nnx.Module):
     """`weight` [E, D] and, where the spec has them, `bias` [E] and `select_bias` float32 [E]."""
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
-        experts, router, dtype = spec.experts.count, spec.router, jnp.dtype(spec.dtype)
-        if router.groups is not None and experts % router.groups.count:
-            raise UnsupportedError(f"{experts} experts cannot be split into {router.groups.count} equal router groups")
-        self.spec = router
-        self.top_k = spec.experts.top_k
-        self.weight = normal_param((experts, spec.hidden), dtype, rngs)
-        self.bias = nnx.Param(jnp.zeros((experts,), dtype)) if router.bias else None
-        self.select_bias = nnx.Param(jnp.zeros((experts,), jnp.float32)) if router.select_bias else None
+    def __init__(
+        self, spec: RouterSpec, *, hidden: int, experts: int, top_k: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ):
+        if spec.groups is not None and experts % spec.groups.count:
+            raise UnsupportedError(f"{experts} experts cannot be split into {spec.groups.count} equal router groups")
+        self.spec = spec
+        self.top_k = top_k
+        self.weight = normal_param((experts, hidden), jnp.dtype(dtype), rngs)
+        self.bias = nnx.Param(jnp.zeros((experts,), dtype)) if spec.bias else None
+        self.select_bias = nnx.Param(jnp.zeros((experts,), jnp.float32)) if spec.select_bias else None
 
     def __call__(self, h: Float[Array, "*rows D"]) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
         """Expert ids and weights of normed hidden states."""

@@ -30,6 +30,7 @@ from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import (
     QUERY_BLOCK,
     cache_shape,
+    combine,
     dense_shapes,
     finish_paths,
     layer_definition,
@@ -391,7 +392,7 @@ class Programs:
             output = steps.combine_step(self.spec, routed, outputs)
         else:
             routed, order, outputs = carried
-            output = steps.combine(outputs, order, routed.weights)
+            output = combine(outputs, order, routed.weights)
         return steps.finish_experts(self.spec, finish, routed, output)
 
     def _top(self, leaves):  # type: ignore[no-untyped-def]

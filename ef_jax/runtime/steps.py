@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
-from ef_jax.nn import layer_definition, merge_finish, merge_layer
+from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum
 from ef_jax.spec import ModelSpec
 from pallas_kernels import grouped_ffn
 
@@ -45,31 +45,9 @@ class SortedRows(NamedTuple):
 
 def sort_rows(routed: Routed, experts: int) -> SortedRows:
     """Rows of a chunk sorted by expert, ties in token order; padding rows come last."""
-    top_k = routed.ids.shape[-1]
-    flat = routed.ids.reshape(-1)
-    group = jnp.where(flat < 0, experts, flat)
-    order = jnp.argsort(group, stable=True).astype(jnp.int32)
-    sizes = jnp.zeros(experts + 1, jnp.int32).at[group].add(1)[:experts]
+    order, sizes = expert_order(routed.ids, experts)
     hidden = routed.h.reshape(-1, routed.h.shape[-1])
-    return SortedRows(hidden[order // top_k], order, sizes)
-
-
-def combine(
-    outputs: Float[Array, "M D"], order: Int32[Array, "M"], weights: Float[Array, "B T K"]
-) -> Float[Array, "B T D"]:
-    """The weighted sum of each token's K expert outputs, given in sorted order."""
-    unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return weighted_sum(unsorted.reshape(*weights.shape, -1), weights)
-
-
-def weighted_sum(outputs: Float[Array, "B T K D"], weights: Float[Array, "B T K"]) -> Float[Array, "B T D"]:
-    """Each token's K expert outputs times their weights, summed in the router's order, in f32."""
-    per_token = outputs.astype(jnp.float32)
-    scale = weights.astype(jnp.float32)[..., None]
-    total = per_token[:, :, 0] * scale[:, :, 0]
-    for k in range(1, weights.shape[-1]):
-        total = total + per_token[:, :, k] * scale[:, :, k]
-    return total.astype(outputs.dtype)
+    return SortedRows(hidden[order // routed.ids.shape[-1]], order, sizes)
 
 
 def run_experts(
