@@ -104,11 +104,11 @@ class HostWork:
     @contextlib.contextmanager
     def _replaced(self, programs: Playback, inserts: list[Any]) -> Iterator[None]:
         engine = self._engine
-        engine.programs, engine.link.pool._insert = cast(Programs, programs), inserts
+        engine.lookout.programs, engine.link.pool._insert = cast(Programs, programs), inserts
         try:
             yield
         finally:
-            engine.programs, engine.link.pool._insert = self._programs, self._inserts
+            engine.lookout.programs, engine.link.pool._insert = self._programs, self._inserts
 
 
 def _emptied(residency: Residency) -> Residency:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from ef_jax.errors import InputError, LinkError
+from ef_jax.errors import LinkError
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.program_memory import live_bytes
 from ef_jax.memory.residency import Residency
@@ -20,7 +20,8 @@ from ef_jax.predict import Predictor
 from ef_jax.predict.log_odds import union_bins
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
 from ef_jax.runtime.dense import DenseWeights
-from ef_jax.runtime.look_ahead import Look, LookAhead, Report, read_report, read_token_report
+from ef_jax.runtime.look_ahead import LookAhead
+from ef_jax.runtime.lookout import Lookout
 from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.routing_paths import RoutingPaths
@@ -62,11 +63,9 @@ class Engine:
         most_wasted: float = 1.0,
         order: Order = "auto",
     ) -> None:
-        self.spec, self.plan, self.programs = spec, plan, programs
-        self.link, self.device = link, device
-        self.look_ahead, self.routing_paths, self.order = look_ahead, routing_paths, order
-        self._looking = look_ahead  # what the steps of this run look ahead by
-        self._blind: Programs | None = None
+        self.spec, self.plan, self.link, self.device = spec, plan, link, device
+        self.lookout = Lookout(spec, programs, look_ahead)
+        self.routing_paths, self.order = routing_paths, order
         self._off_because = prefetching.off_because
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
@@ -82,9 +81,6 @@ class Engine:
         windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
         self._windows: list[jax.Array] = jax.device_put(windows, self._rows.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
-        self._arrange_looks()
-        self._report: jax.Array | None = None
-        self._token_report: tuple[list[int], Report] | None = None  # and the rows of the tokens
         self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
         self._age_order: list[int] | None = None  # places of a step's sequences, the oldest first; None: as they stand
         self._resting = True
@@ -114,9 +110,10 @@ class Engine:
         return self._dense
 
     @property
-    def _running(self) -> Any:
-        """The programs of this run: `Programs`, or what a bench has put in their place."""
-        return self.programs if self._blind is None or self._looking is self.look_ahead else self._blind
+    def programs(self) -> Any:
+        """The `Programs` that the engine was made with, or what a bench has put in their place; those that
+        `lookout.running` names may be others."""
+        return self.lookout.programs
 
     def show(self, timeline: Timeline | None) -> None:
         """Note in `timeline` what runs from now on; None: nowhere.
@@ -126,17 +123,6 @@ class Engine:
         """
         self.timeline = timeline
         self.scheduler.show(timeline)
-
-    def shift_pregate(self, shifts: np.ndarray) -> None:
-        """Add `shifts`, f32 `[L + 1, H, E]`, to pre-gate logits from now on; see `residual_means`.
-
-        Raises:
-          InputError: nothing looks ahead, or a trained predictor does.
-        """
-        if self.look_ahead is None:
-            raise InputError('nothing looks ahead here: load the model with prefetch="auto" and a link that overlaps')
-        self.look_ahead.shift(shifts)
-        self._arrange_looks()
 
     @property
     def rows(self) -> int:
@@ -160,11 +146,8 @@ class Engine:
         """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken, so that nothing
         compiles while it runs. Sequences look ahead only if somebody will listen."""
         if self._resting:
-            self._look(self.look_ahead if self.scheduler.listens() else None)
-        self._running.compile_for(length, until)
-        if self._looking is not None and self.scheduler.on_trial:
-            self._blind = self._blind or self.programs.without_look_ahead()
-            self._blind.compile_for(length, until)
+            self.lookout.look(self.scheduler.listens())
+        self.lookout.compile_for(length, until, may_stop=self.scheduler.on_trial)
 
     def join(self, row: int, prompt: np.ndarray, options: SamplingOptions, draw: int) -> None:
         """A sequence takes a row; its prompt is still to be run.
@@ -176,14 +159,11 @@ class Engine:
           draw: the number that its random draws go by.
         """
         self._resting = False
-        rows, looking = self._rows, self._looking
+        rows, lookout = self._rows, self.lookout
         rows.join(row, prompt, options, draw)
         mask = np.zeros(self.spec.vocab, bool)
         mask[prompt] = True
-        state = None if looking is None else looking.state
-        rows.seen, state = self._running.join()(rows.seen, state, np.int32(row), mask)
-        if looking is not None:
-            looking.state = state
+        rows.seen, lookout.state = lookout.running.join()(rows.seen, lookout.state, np.int32(row), mask)
         if self.routing_paths is not None:
             self.routing_paths.join(row, prompt)
 
@@ -242,21 +222,21 @@ class Engine:
         positions = np.full((state.batch, 1), -1, np.int32)
         positions[places, 0] = state.length[order]
         index = state.index(order) if state.count != state.batch else None
-        span = self._running.span(int(positions.max()) + 1)
+        span = self.lookout.running.span(int(positions.max()) + 1)
         deferred: list[tuple[int, jax.Array]] = []
-        if self._looking is not None and self._blind is not None and not self.scheduler.listens():
-            self._look(None)
-        ahead = self._token_report[1] if self._token_report is not None and self._token_report[0] == order else None
+        if self.lookout.may_stop and not self.scheduler.listens():
+            self.lookout.look(False)
+        ahead = self.lookout.token_report(order)
         self.scheduler.begin_step(
             state.tokens[by_age].tolist(),
             None if ahead is None else ahead.bins,
             diversity=None if ahead is None else ahead.diversity,
-            paths=self._paths(order),
-            following=self._paths(list(then)),
+            paths=self._union_of_paths(order),
+            following=self._union_of_paths(list(then)),
         )
         serve = functools.partial(self._serve, deferred)
         carried = self._layers(1, span, self._tokens(order), positions, index, serve)
-        chosen = self._choose(self._running.end_step()(self._dense.finish[-1], carried), order)
+        chosen = self._choose(self.lookout.running.end_step()(self._dense.finish[-1], carried), order)
         self._note(COMPUTE, "head", self._served_at)
         for layer, ids in deferred:
             self.scheduler.note(layer, self._by_age(_rows(ids)))
@@ -280,15 +260,14 @@ class Engine:
 
     def recover(self) -> None:
         """After an error that was no `LinkError`: arrays that were lost with a program are made anew, empty."""
-        self._token_report = self._fed = self._report = None
+        self._fed = None
+        self.lookout.reset()
         if self._rows.lost:
             self._rows.clear()
         if self.link.pool.restore():
             self.scheduler.forget()
         if self._last.is_deleted():
             self._last = jnp.zeros_like(self._no_outputs[: self.batch])
-        if self.look_ahead is not None:
-            self.look_ahead.reset()
         if self.routing_paths is not None:
             self.routing_paths.reset()
 
@@ -312,14 +291,14 @@ class Engine:
         try:
             for start, width in self.cuts(left):
                 rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
-                yield from self._running.logits_of(rows, self._dense.top)
+                yield from self.lookout.running.logits_of(rows, self._dense.top)
         finally:
             self.leave(row)
         self.stats.prefill.seconds += time.perf_counter() - began
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()
 
-    def _paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
+    def _union_of_paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
         """What a step of some rows is predicted to use, if there is somebody to hear it."""
         if self.routing_paths is None or not rows or not self.scheduler.hears:
             return None
@@ -338,11 +317,11 @@ class Engine:
 
     def _choose(self, last: jax.Array, rows: list[int]) -> list[tuple[int, float]]:
         """The next token of the sequences of some rows, and its log-probability, from residual rows `[B, D]`."""
-        state, looking = self._rows, self._looking
+        state = self._rows
         places = state.places(rows)
         active, step = np.zeros(state.batch, bool), np.zeros(state.batch, np.int32)
         active[places], step[places] = True, state.step[rows]
-        tokens, logprobs, state.seen, ahead = self._running.head()(
+        tokens, logprobs, state.seen, ahead = self.lookout.running.head()(
             last,
             self._dense.top,
             state.seen,
@@ -350,16 +329,13 @@ class Engine:
             state.sampling(rows),
             active,
             state.index(rows) if state.count != state.batch else None,
-            self._first_look,
-            None if looking is None else looking.state,
+            *self.lookout.from_token(),
         )
         if self.routing_paths is not None:
             self.routing_paths.follow(state.index(rows), tokens)
         state.step[rows] += 1
-        self._fed, self._token_report = (rows, tokens), None
-        if looking is not None:
-            report, looking.state = ahead
-            self._token_report = rows, read_token_report(self.spec, report)
+        self._fed = rows, tokens
+        self.lookout.hear_tokens(rows, ahead)
         chosen = np.asarray(tokens)[places, 0]
         state.tokens[rows] = chosen
         return list(zip(chosen.tolist(), np.asarray(logprobs)[places].tolist(), strict=True))
@@ -370,32 +346,24 @@ class Engine:
         Returns:
           The residual stream `[lanes, T, D]` after the last layer.
         """
-        state, looking = self._rows, self._looking
-        chunk = state.chunk(width, self.lanes(width), parts, ends)
-        span = self._running.span(max(start for _, start in parts) + width)
-        absorb = None
-        if looking is not None and looking.state is not None:
-            absorb = functools.partial(self._absorb, self._running.absorb(width), chunk.rows)
-        serve = functools.partial(self._serve_prompt, self._running.wave(width), absorb)
+        chunk = self._rows.chunk(width, self.lanes(width), parts, ends)
+        span = self.lookout.running.span(max(start for _, start in parts) + width)
+        absorb = self.lookout.absorber(width, chunk.rows)
+        serve = functools.partial(self._serve_prompt, self.lookout.running.wave(width), absorb)
         carried = self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
-        x, self._last = self._running.end_chunk(width)(self._dense.finish[-1], carried, self._last, chunk.ends)
+        x, self._last = self.lookout.running.end_chunk(width)(self._dense.finish[-1], carried, self._last, chunk.ends)
         self.stats.prefill.steps += 1
         return x
 
-    def _absorb(self, absorb: Any, index: np.ndarray, layer: int, ids: jax.Array) -> None:
-        """A trained predictor hears of a chunk's routes in an MoE layer."""
-        if (looking := self._looking) is not None:
-            looking.state = absorb(looking.looks[1 + layer], looking.state, ids, index)
-
     def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. Returns the last's."""
-        rows, windows, layers, finish = self._rows, self._windows, self._dense.layers, self._dense.finish
-        run = self._running.layers(width, span)
+        rows, windows, lookout = self._rows, self._windows, self.lookout
+        layers, finish = self._dense.layers, self._dense.finish
+        run = lookout.running.layers(width, span)
         if self.recorder is not None:
             of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
             serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
         self._served_at = time.perf_counter()
-        looks = self._looks if width == 1 else [None] * len(layers)
         carried, rows.k[0], rows.v[0], ahead, places = run[0](
             self._dense.top,
             tokens,
@@ -404,10 +372,9 @@ class Engine:
             rows.v[0],
             windows[0],
             (positions, index),
-            looks[0],
-            self._look_state(looks[0]),
+            *lookout.from_layer(0, width),
         )
-        self._hear(ahead)
+        lookout.hear(ahead)
         for layer in range(1, len(layers)):
             before = layer - 1
             if before in self._moe_index:
@@ -421,40 +388,14 @@ class Engine:
                 rows.v[layer],
                 windows[layer],
                 places,
-                looks[layer],
-                self._look_state(looks[layer]),
+                *lookout.from_layer(layer, width),
             )
-            self._hear(ahead)
+            lookout.hear(ahead)
         last = len(layers) - 1
         if last in self._moe_index:
             carried = serve(self._moe_index[last], carried)
             self._served_at = time.perf_counter()
         return carried
-
-    def _look(self, looking: LookAhead | None) -> None:
-        """From the next program on look ahead by `looking`, or not at all."""
-        if looking is not self._looking:
-            self._looking, self._token_report = looking, None
-            self._blind = self._blind or self.programs.without_look_ahead()
-            self._arrange_looks()
-
-    def _arrange_looks(self) -> None:
-        """The look ahead of each decoder layer's program, and that of the head's; None where there is none."""
-        looks = [None] * (1 + len(self._moe_index)) if self._looking is None else self._looking.looks
-        self._first_look: Look | None = looks[0]
-        self._looks: list[Look | None] = [None] * len(self.spec.layers)
-        for layer, index in self._moe_index.items():
-            self._looks[layer] = looks[1 + index]
-
-    def _look_state(self, look: Look | None) -> jax.Array | None:
-        return None if look is None or self._looking is None else self._looking.state
-
-    def _hear(self, ahead: tuple[jax.Array, jax.Array | None] | None) -> None:
-        """Keep what a program said of coming layers."""
-        if ahead is None or self._looking is None:
-            self._report = None
-        else:
-            self._report, self._looking.state = ahead
 
     def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
         """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
@@ -464,11 +405,10 @@ class Engine:
             deferred.append((index, routed.ids))
             return routed, link.pool.array, residency.slot_of[index].copy(), outputs
         try:
-            report = None if self._report is None else read_report(self.spec, self._report, self.plan.batch)
+            report = self.lookout.report(self.plan.batch)
             rows, bins = (_rows(routed.ids), None) if report is None else (report.ids, report.bins)
-        except (
-            RuntimeError
-        ) as error:  # JAX's: a copy that nobody waited for may have failed, and what reads it fails too
+        except RuntimeError as error:
+            # JAX's: a copy that nobody waited for may have failed, and what reads it fails too.
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)
         admission = scheduler.ask(index, self._by_age(rows), bins)
@@ -481,7 +421,7 @@ class Engine:
         there = residency.slot_row(index, admission)
         there[coming] = -1
         began = time.perf_counter()
-        outputs = self._running.there()(routed, link.pool.array, there, outputs)
+        outputs = self.lookout.running.there()(routed, link.pool.array, there, outputs)
         self._note(COMPUTE, f"layer {index}, resident rows", began)
         scheduler.complete(admission)
         rest = np.full_like(there, -1)

@@ -258,12 +258,12 @@ class LanguageModel:
           InputError: as `residual_means`; nothing looks ahead; or a trained predictor does.
         """
         engine = self._engine
-        if engine.look_ahead is None or engine.look_ahead.spec.correction is not None:
+        if engine.lookout.look_ahead is None or engine.lookout.look_ahead.spec.correction is not None:
             raise InputError("there is no pre-gate of its own to calibrate: load with prefetching and no trained one")
-        stack, distances = engine.look_ahead.looks[0].stack, engine.look_ahead.spec.distances
+        stack, distances = engine.lookout.look_ahead.looks[0].stack, engine.lookout.look_ahead.spec.distances
         shifts = logit_shifts(self.spec, stack, self.residual_means(texts), distances)
         with self._batch.alone():
-            engine.shift_pregate(shifts)
+            engine.lookout.shift(shifts)
 
     @contextlib.contextmanager
     def _listening(self, listener: Listener) -> Iterator[None]:

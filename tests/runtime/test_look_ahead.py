@@ -55,8 +55,8 @@ def test_reports_are_the_pregates(batch):
     lm = ef_jax.load(expert_fraction=0.25, batch=batch, context=64, chunk=32, prefetch=2, emulate_link="1GB/s")
     asked, begun, streams = decoding(lm, 3)
     engine, spec = lm._engine, lm.spec
-    distances, layers = engine.look_ahead.spec.distances, len(spec.moe_layers)
-    stack = engine.look_ahead.looks[0].stack
+    distances, layers = engine.lookout.look_ahead.spec.distances, len(spec.moe_layers)
+    stack = engine.lookout.look_ahead.looks[0].stack
     run = jax.jit(lambda x, first, count: pregate(spec, stack, x, first, count), static_argnums=2)
     active = np.ones(batch, bool)
     for (layer, rows, bins), (index, x, ids) in zip(asked, streams, strict=True):
@@ -101,7 +101,7 @@ def test_a_trained_predictor_knows_the_prompt_and_changes_no_token(tmp_path):
         for layer in range(8):
             state = advance(spec, correction.common, state, jnp.int32(layer), jnp.asarray(row[None, layer]))
     state = begin(spec, correction.common, jnp.array([first]), state)
-    np.testing.assert_allclose(engine.look_ahead.state, state, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(engine.lookout.look_ahead.state, state, rtol=1e-4, atol=1e-5)
     _run.stop(engine, 1)
 
     other = ef_jax.load(bundled_model(), expert_fraction=1.0, **options)
@@ -121,7 +121,7 @@ def test_diversity_counts_active_tokens_only():
 def test_the_plan_accounts_for_it():
     on = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
     off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s", prefetch="off")
-    arrays = jax.tree.leaves([look.stack for look in on._engine.look_ahead.looks[:1]])
+    arrays = jax.tree.leaves([look.stack for look in on._engine.lookout.look_ahead.looks[:1]])
     assert on.plan.look_ahead >= sum(array.nbytes for array in arrays) > 0
     assert off.plan.look_ahead == 0
 
@@ -131,7 +131,7 @@ def test_a_calibrated_pregate_says_something_else_and_changes_no_token():
     before = lm.generate([PROMPTS[1]], max_new_tokens=8)
     plain = lm._engine.scheduler.stats.recall
     lm.calibrate_pregate(["Shall I compare thee to a summer's day? Thou art more lovely and more temperate."])
-    assert float(abs(lm._engine.look_ahead.looks[1].shift).max()) > 0
+    assert float(abs(lm._engine.lookout.look_ahead.looks[1].shift).max()) > 0
     compiled = lm._engine.programs.count
     after = lm.generate([PROMPTS[1]], max_new_tokens=8)
     assert lm._engine.programs.count == compiled
@@ -152,15 +152,15 @@ def test_programs_stop_looking_ahead_where_it_does_not_pay(monkeypatch):
     monkeypatch.setattr(scheduler._trial, "because", "a step took longer with it")
     text += "".join(pieces)
     assert text == before[0].text
-    assert lm._engine._running.look_ahead is None
+    assert lm._engine.lookout.running.look_ahead is None
     lm.stats.reset()
     after = lm.generate([PROMPTS[1]], max_new_tokens=8)
-    assert lm._engine._running.look_ahead is None
+    assert lm._engine.lookout.running.look_ahead is None
     assert (after[0].tokens, after[0].logprobs) == (before[0].tokens, before[0].logprobs)
     assert lm.stats.decode.bytes_prefetch == 0
     assert lm.stats.horizon["off_because"] == "a step took longer with it"
     monkeypatch.setattr(scheduler._trial, "_wait", 0)
     again = lm.generate([PROMPTS[1]], max_new_tokens=8)
-    assert lm._engine._running.look_ahead is not None
+    assert lm._engine.lookout.running.look_ahead is not None
     assert again[0].tokens == before[0].tokens
     assert lm.stats.decode.bytes_prefetch > 0

@@ -65,7 +65,7 @@ def nothing_leaks(lm: ef_jax.LanguageModel, start: tuple[int, int]) -> Iterator[
 
 
 def programs(lm: ef_jax.LanguageModel) -> int:
-    return sum(each.count for each in (lm._engine.programs, lm._engine._blind) if each is not None)
+    return sum(each.count for each in (lm._engine.programs, lm._engine.lookout._blind) if each is not None)
 
 
 def live_bytes() -> int:
