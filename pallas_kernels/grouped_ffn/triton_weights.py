@@ -1,0 +1,137 @@
+"""Tiles of rows and of weights inside a Triton kernel: weights are read in place, and dequantized in registers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels.grouped_ffn.quantized import Format, decode_halves, decode_scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A tile's part of an axis: `size` places from `start`, those below `limit`, all of them `offset` further on.
+
+    Starts are multiples of the size where the axis is cut into tiles.
+    """
+
+    start: Any
+    size: int
+    limit: int
+    offset: int = 0
+
+    @property
+    def at(self) -> Any:
+        """The index that a ref takes."""
+        return pl.ds(self.start + self.offset, self.size)
+
+    def moved(self, offset: int) -> "Span":
+        """The same places, `offset` further on."""
+        return Span(start=self.start, size=self.size, limit=self.limit, offset=self.offset + offset)
+
+    def inside(self, axis: int) -> jax.Array | None:
+        """Which places are below the limit, `[size, 1]` along axis 0 or `[1, size]` along axis 1; None for all."""
+        if self.limit % self.size == 0:
+            return None
+        shape = (self.size, 1) if axis == 0 else (1, self.size)
+        return self.start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < self.limit
+
+
+def both(rows: jax.Array | None, columns: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """The mask `[rows, columns]` of two masks `[rows, 1]` and `[1, columns]`, None standing for all."""
+    if rows is None or columns is None:
+        one = columns if rows is None else rows
+        return None if one is None else jnp.broadcast_to(one, shape)
+    return rows & columns
+
+
+def load(ref: Any, lead: tuple[Any, ...], rows: Span, columns: Span) -> jax.Array:
+    """`ref[*lead, rows, columns]`, zeros where the spans end."""
+    at = ref.at[(*lead, rows.at, columns.at)]
+    mask = both(rows.inside(0), columns.inside(1), (rows.size, columns.size))
+    return plt.load(at) if mask is None else plt.load(at, mask=mask, other=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A pool's arrays as a kernel has them.
+
+    Attributes:
+      values: ref `[S, P, A, B]`, B the stored columns.
+      scales: refs of `gate_up_scales` and `down_scales`; None for a dense pool.
+      groups: weights that share a scale, of gate and up, and of down.
+      format: of a quantized pool; None for a dense one.
+    """
+
+    values: Any
+    scales: tuple[Any, Any] | None
+    groups: tuple[int, int]
+    format: Format | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether an element holds two weights."""
+        return self.format in ("int4", "mxfp4")
+
+    def tiles(self, slot: Any, part: int, rows: Span, columns: Span, dtype: Any) -> tuple[jax.Array, ...]:
+        """The tile of a slot's part, as `dtype`; of the 4-bit formats two: of those columns, and of those B further."""
+        # jnp.int32: the interpreter takes no Python integers as indices.
+        stored = load(self.values, (slot, jnp.int32(part)), rows, columns)
+        if self.format is None:
+            return (stored,)
+        wide = (stored.astype(jnp.float32),) if self.format == "int8" else decode_halves(stored, self.format)
+        return tuple(
+            (half * self._scales(slot, part, rows, columns.moved(number * columns.limit))).astype(dtype)
+            for number, half in enumerate(wide)
+        )
+
+    def _scales(self, slot: Any, part: int, rows: Span, columns: Span) -> jax.Array:
+        """Scales of a tile, `[rows, columns]`, or of size 1 along an axis where they share one."""
+        gate_up_ref, down_ref = self.scales or (None, None)
+        if part < 2:
+            return _scales_of_tile(gate_up_ref, (slot, jnp.int32(part)), rows, columns, 1, self.groups[0])
+        return _scales_of_tile(down_ref, (slot,), rows, columns, 0, self.groups[1])
+
+
+def _scales_of_tile(
+    ref: Any, lead: tuple[Any, ...], rows: Span, columns: Span, axis: int, group: int
+) -> Float[Array, "_ _"]:
+    """A tile's scales out of `ref[*lead, rows, columns]`, which has one for `group` weights along the axis."""
+    shape = [rows.size, columns.size]
+    few = _shared((rows, columns)[axis], group)
+    if few is None:
+        return _scale_of_each(ref, lead, rows, columns, axis, group)
+    scales = decode_scales(load(ref, lead, *((few, columns) if axis == 0 else (rows, few))))
+    if few.size == 1:
+        return scales
+    spread = [*shape[:axis], few.size, group, *shape[axis + 1 :]]
+    return jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), spread).reshape(shape)
+
+
+def _shared(span: Span, group: int) -> Span | None:
+    """The scales of a span that has whole groups of weights, or lies in one; None for other groups."""
+    if span.offset % span.size == 0:
+        at = span.start + span.offset
+        if group % span.size == 0:
+            return Span(start=jax.lax.div(at, group), size=1, limit=1)
+        if span.size % group == 0:
+            count = -(-(span.limit + span.offset) // group)
+            return Span(start=jax.lax.div(at, group), size=span.size // group, limit=count)
+    return None
+
+
+def _scale_of_each(
+    ref: Any, lead: tuple[Any, ...], rows: Span, columns: Span, axis: int, group: int
+) -> Float[Array, "rows columns"]:
+    """The same by one load a weight, for groups that do not fit the tiles."""
+    shape = (rows.size, columns.size)
+    places = [span.start + jax.lax.broadcasted_iota(jnp.int32, shape, n) for n, span in enumerate((rows, columns))]
+    mask = (places[0] < rows.limit) & (places[1] < columns.limit)
+    places = [place + span.offset for place, span in zip(places, (rows, columns), strict=True)]
+    places[axis] = jax.lax.div(places[axis], group)
+    every = [jnp.full(shape, index, jnp.int32) for index in lead]
+    return decode_scales(plt.load(ref.at[(*every, *places)], mask=mask, other=0))
