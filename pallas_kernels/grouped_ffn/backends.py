@@ -29,7 +29,7 @@ def choose_backend(problem: Problem, implementation: str | None = None) -> Backe
         if reason := BACKENDS[implementation].refuses(problem):
             raise NotImplementedError(f"the {implementation} backend cannot run {problem}: {reason}")
         return BACKENDS[implementation]
-    refused = {}
+    refused: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         reason = backend.refuses(problem)
         if reason is None:

@@ -1,10 +1,14 @@
 """What is static about a call: what backends accept or refuse by, and tile configurations are found by."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from pallas_kernels.grouped_ffn.quantized import Format
 from pallas_kernels.grouped_ffn.target import Target
+
+Storage = Literal["dense"] | Format
 
 TILE_ROWS = (8, 16, 32, 64, 128)
 
@@ -31,7 +35,7 @@ class Problem:
     contract: int
     width: int
     dtype: np.dtype
-    storage: str = "dense"
+    storage: Storage = "dense"
     activation: str | None = None
     biased: bool = False
     tile_rows: int = 8

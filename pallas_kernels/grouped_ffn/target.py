@@ -45,5 +45,5 @@ def target_of(device: jax.Device) -> Target:
 
 def default_target() -> Target:
     """The target of the device that jax computes on by default."""
-    device = jax.config.jax_default_device
+    device = jax.config.values["jax_default_device"]
     return target_of(device if isinstance(device, jax.Device) else jax.devices()[0])

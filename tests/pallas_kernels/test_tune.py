@@ -84,7 +84,7 @@ def test_entries_replace_those_of_the_same_key(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     path.write_text('{"entries": [{"backend": "triton"}]}')
-    with pytest.raises(ValueError, match="card.json is no file of tile configurations"):
+    with pytest.raises(ValueError, match=r"card\.json is no file of tile configurations"):
         tiles.read_entries(path)
 
 
