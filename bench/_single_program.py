@@ -45,7 +45,8 @@ class SingleProgram:
                 entered, k, v = steps.enter_layer(spec, layer.ffn, layers[index], x, k, v, positions, window, span)
                 new_caches.append((k, v))
                 if isinstance(entered, steps.Routed):
-                    outputs = steps.run_experts(spec, entered, pool, jnp.asarray(slot_of[moe_index[index]]))
+                    slot_row = jnp.asarray(slot_of[moe_index[index]])
+                    outputs = steps.run_experts(spec, engine.programs.kernels, entered, pool, slot_row)
                     output = steps.combine_step(spec, entered, outputs)
                     entered = steps.finish_experts(spec, finish[index], entered, output)
                 x = entered

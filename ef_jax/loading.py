@@ -33,6 +33,7 @@ from ef_jax.prefetching import ALL_RESIDENT, Prefetching, settle
 from ef_jax.progress import Progress
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
+from ef_jax.runtime.expert_kernels import ExpertKernels, choose_kernels
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec, look_ahead_bytes
 from ef_jax.runtime.programs import Programs
@@ -76,6 +77,7 @@ def load(
     most_wasted: float = 1.0,
     order: str = "auto",
     dtype: str | None = None,
+    kernel: str | None = None,
     copy_mode: str | None = None,
     emulate_link: str | LinkModel | None = None,
     device: jax.Device | None = None,
@@ -111,6 +113,8 @@ def load(
       order: "resident_first" runs the rows of resident experts while others are on their way, "together" waits for
         all; "auto" decides by how long it would wait. It does not change a result.
       dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
+      kernel: what computes the experts, a name of `pallas_kernels.BACKENDS`; None: the first that can run this model
+        on this device, see `LanguageModel.kernels`.
       copy_mode: how blocks cross the link, see `DeviceLink`; None: the default of the device.
       emulate_link: hold copies back as if the link had this bandwidth and latency: a `LinkModel`, or "25GB/s" or
         "25GB/s+10us".
@@ -146,6 +150,7 @@ def load(
         checked_order = check_order(order)
         check_candidates(candidates)
         check_most_wasted(most_wasted)
+        kernels = choose_kernels(spec, device, kernel)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
         prefetches = settled.prefetch != "off"
@@ -155,6 +160,7 @@ def load(
             request,
             device,
             copy_mode,
+            kernels=kernels,
             look_ahead=look,
             routing_path=None if paths is None else paths.spec,
             prefetches=prefetches,
@@ -244,6 +250,7 @@ def plan_model(
     device: jax.Device,
     copy_mode: str | None = None,
     *,
+    kernels: ExpertKernels | None = None,
     look_ahead: LookAheadSpec | None = None,
     routing_path: RoutingPathSpec | None = None,
     prefetches: bool = False,
@@ -287,6 +294,7 @@ def plan_model(
         chunk=request.chunk,
         pool_slots=pool_slots,
         sharding=jax.sharding.SingleDeviceSharding(device),
+        kernels=kernels or choose_kernels(spec, device),
         look_ahead=look_ahead,
     )
     while True:

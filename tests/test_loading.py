@@ -89,3 +89,15 @@ def test_a_bound_on_wasted_bytes_reaches_the_scheduler():
     assert lm.stats.horizon["waste"]["most"] == 0.25
     with pytest.raises(ef_jax.InputError, match=r"most_wasted 1\.5: give a share"):
         ef_jax.load(most_wasted=1.5, **options)
+
+
+def test_the_kernel_that_was_asked_for_is_the_one_that_runs():
+    options = {"expert_fraction": 0.25, "context": 64, "chunk": 16}
+    plain, slow = (ef_jax.load(kernel=kernel, **options) for kernel in (None, "reference"))
+    assert plain.kernels == {"decode": "xla", "prompt": "xla"}
+    assert slow.kernels == {"decode": "reference", "prompt": "reference"}
+    first, second = (lm.generate([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0] for lm in (plain, slow))
+    assert first.tokens == second.tokens
+    assert first.logprobs != second.logprobs  # other roundings: it was another kernel
+    with pytest.raises(ef_jax.InputError, match="kernel 'cublas' is not one of"):
+        ef_jax.load(kernel="cublas", **options)

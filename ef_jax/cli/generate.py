@@ -68,6 +68,7 @@ def _contents(model_run: ModelRun, results: "list[ef_jax.Generation]") -> dict[s
         "logprobs": [result.logprobs for result in results],
         "model": str(lm.path),
         "plan": lm.plan.as_dict(),
+        "kernels": lm.kernels,
         "stats": lm.stats.as_dict(),
         "load_seconds": model_run.load_seconds,
     }

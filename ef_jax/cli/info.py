@@ -4,11 +4,14 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ef_jax import console
 from ef_jax.cli import options as common
 from ef_jax.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from ef_jax.spec import ModelSpec
 
 _LIBRARIES = ("jax", "flax", "transformers")
 
@@ -23,11 +26,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory (default: the bundled model)")
     common.add_common_options(parser)
     options = parser.parse_args(words)
-    contents = {"model": _model(common.model_path(options.model)), "runtime": _runtime()}
+    spec, model = _model(common.model_path(options.model))
+    contents = {"model": model, "runtime": _runtime(spec)}
     print(console.json_line(contents) if options.json else _table(contents))
 
 
-def _model(path: Path) -> dict[str, Any]:
+def _model(path: Path) -> "tuple[ModelSpec, dict[str, Any]]":
     from ef_jax.nn import dense_shapes
     from ef_jax.weights import open_checkpoint
     from ef_jax.weights.directory import tokenizer_dir
@@ -43,7 +47,7 @@ def _model(path: Path) -> dict[str, Any]:
             stored = {"format": checkpoint.format, "stored_bytes": checkpoint.nbytes, "tokenizer": has_tokenizer}
     dense = sum(shape.size for shape in dense_shapes(spec).values())
     block = spec.block_bytes // spec.itemsize
-    return {
+    return spec, {
         "path": str(path),
         **stored,
         "family": spec.family,
@@ -65,10 +69,10 @@ def _model(path: Path) -> dict[str, Any]:
     }
 
 
-def _runtime() -> dict[str, Any]:
+def _runtime(spec: "ModelSpec") -> dict[str, Any]:
     import jax
 
-    from pallas_kernels import choose_backend
+    from ef_jax.runtime.expert_kernels import choose_kernels
 
     return {
         "python": platform.python_version(),
@@ -77,7 +81,7 @@ def _runtime() -> dict[str, Any]:
             {"kind": device.device_kind, "platform": device.platform, "memories": _memories(device)}
             for device in jax.local_devices()
         ],
-        "kernel": choose_backend(None),
+        "kernels": choose_kernels(spec, jax.local_devices()[0]).as_dict(),
     }
 
 
@@ -100,6 +104,8 @@ def _shown(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if name.endswith("bytes"):
         return f"{format_bytes(value)} ({value} bytes)"
+    if name == "kernels":
+        return ", ".join(f"{backend} ({phase})" for phase, backend in value.items())
     if name == "devices":
         return "; ".join(f"{d['platform']} {d['kind']}, memories {', '.join(d['memories'])}" for d in value)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -87,6 +87,7 @@ def load_run(options: argparse.Namespace, path: Path, prompts: list[Prompt]) -> 
             dtype=options.dtype,
             policy=options.policy,
             **common.prefetch_options(options),
+            kernel=options.kernel,
             copy_mode=options.copy_mode,
             progress=None if chatty else False,
             on_plan=show_plan,

@@ -49,6 +49,7 @@ def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
         "--chunk", type=whole_number(1), default=256, metavar="N", help="prompt tokens a pass (default: 256)"
     )
     group.add_argument("--dtype", choices=DTYPES, help="convert the weights on load (default: as stored)")
+    group.add_argument("--kernel", metavar="NAME", help="what computes the experts (default: the best that runs here)")
     group.add_argument("--copy-mode", choices=COPY_MODES, help="how experts cross the link (default: the device's)")
 
 

@@ -23,12 +23,14 @@ def run(words: Sequence[str]) -> None:
 
     from ef_jax.loading import make_request, plan_model
     from ef_jax.memory.plan import check_host_pool
+    from ef_jax.runtime.expert_kernels import choose_kernels
 
     spec = common.read_spec(path, options.dtype)
     device = jax.devices()[0]
     request = make_request(spec, device, **common.memory_options(options, batch=1))
     with console.status("compiling the programs to measure their workspace ...", shown=True):
-        plan, _ = plan_model(spec, request, device, options.copy_mode)
+        kernels = choose_kernels(spec, device, options.kernel)
+        plan, _ = plan_model(spec, request, device, options.copy_mode, kernels=kernels)
     try:
         check_host_pool(spec, device.platform)
         warnings = plan.warnings
@@ -39,6 +41,7 @@ def run(words: Sequence[str]) -> None:
         contents = {
             "model": str(path),
             "device": device.device_kind,
+            "kernels": kernels.as_dict(),
             "plan": {**plan.as_dict(), "warnings": warnings},
             "step_bytes_at_most": moved,
         }

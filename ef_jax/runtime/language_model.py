@@ -57,6 +57,11 @@ class LanguageModel:
         """Counters since loading or `stats.reset()`."""
         return self._engine.stats
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The backend of `pallas_kernels` that computes the experts, of "decode" steps and of "prompt"s."""
+        return self._engine.programs.kernels.as_dict()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

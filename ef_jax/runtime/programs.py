@@ -38,6 +38,7 @@ from ef_jax.nn import (
     top_definition,
 )
 from ef_jax.runtime import pass_shapes, steps
+from ef_jax.runtime.expert_kernels import ExpertKernels
 from ef_jax.runtime.look_ahead import (
     LookAheadSpec,
     absorb_chunk,
@@ -81,12 +82,13 @@ class Programs:
         chunk: int,
         pool_slots: int,
         sharding: jax.sharding.Sharding,
+        kernels: ExpertKernels,
         rows: int | None = None,
         look_ahead: LookAheadSpec | None = None,
     ) -> None:
         self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
         self.rows = batch if rows is None else rows
-        self.look_ahead = look_ahead
+        self.kernels, self.look_ahead = kernels, look_ahead
         self.chunk_widths = pass_shapes.chunk_widths(min(chunk, context))
         self.spans = pass_shapes.spans(context)
         self._sharding = sharding
@@ -219,7 +221,7 @@ class Programs:
         others are still on their way."""
 
         def there(routed, pool, slot_row, outputs):  # type: ignore[no-untyped-def]
-            return steps.run_experts(self.spec, routed, pool, slot_row, outputs)
+            return steps.run_experts(self.spec, self.kernels, routed, pool, slot_row, outputs)
 
         return self._program(("there",), there, lambda: self._carried(1, "moe"))
 
@@ -227,7 +229,7 @@ class Programs:
         """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
 
         def wave(rows, outputs, pool, slot_row):  # type: ignore[no-untyped-def]
-            return steps.run_wave(self.spec, rows, outputs, pool, slot_row)
+            return steps.run_wave(self.spec, self.kernels, rows, outputs, pool, slot_row)
 
         def inputs() -> tuple[Any, ...]:
             return (*self._sorted(width), self._pool(), self._int(self.spec.experts.count))
@@ -388,7 +390,7 @@ class Programs:
             return carried
         if width == 1:
             routed, *slots_and_outputs = carried
-            outputs = steps.run_experts(self.spec, routed, *slots_and_outputs)
+            outputs = steps.run_experts(self.spec, self.kernels, routed, *slots_and_outputs)
             output = steps.combine_step(self.spec, routed, outputs)
         else:
             routed, order, outputs = carried
@@ -409,7 +411,7 @@ class Programs:
             pool_slots = self.pool_slots if self._reads_pool(key) else None
             look_ahead = self.look_ahead if self._looks_ahead(key) else None
             sizes = (self.batch, self.rows, self.context, pool_slots)
-            place = (self.spec, *sizes, look_ahead, self._sharding, key)
+            place = (self.spec, self.kernels, *sizes, look_ahead, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()

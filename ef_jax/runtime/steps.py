@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum
+from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS, PROMPT_TILE_ROWS, ExpertKernels
 from ef_jax.spec import ModelSpec
 from pallas_kernels import grouped_ffn
 
 Leaves = Sequence[jax.Array]
 FFNKind = Literal["moe", "dense"]
-
-DECODE_TILE_ROWS = 8
-PREFILL_TILE_ROWS = 32
 
 
 class Routed(NamedTuple):
@@ -52,6 +50,7 @@ def sort_rows(routed: Routed, experts: int) -> SortedRows:
 
 def run_experts(
     spec: ModelSpec,
+    kernels: ExpertKernels,
     routed: Routed,
     pool: Shaped[Array, "S 3 F D"],
     slot_row: Int32[Array, "E"],
@@ -65,7 +64,14 @@ def run_experts(
     Returns:
       One row a token and expert, in the order that `combine_step` takes them.
     """
-    run = functools.partial(grouped_ffn, activation=spec.experts.activation, tile_rows=DECODE_TILE_ROWS, out=out)
+    run = functools.partial(
+        grouped_ffn,
+        activation=spec.experts.activation,
+        tile_rows=DECODE_TILE_ROWS,
+        out=out,
+        implementation=kernels.decode,
+        target=kernels.target,
+    )
     with jax.named_scope("experts"):
         if _single(routed):
             ids = routed.ids.reshape(-1)
@@ -89,6 +95,7 @@ def _single(routed: Routed) -> bool:
 
 def run_wave(
     spec: ModelSpec,
+    kernels: ExpertKernels,
     rows: SortedRows,
     out: Float[Array, "M D"],
     pool: Shaped[Array, "S 3 F D"],
@@ -102,8 +109,10 @@ def run_wave(
             slot_row,
             rows.sizes,
             activation=spec.experts.activation,
-            tile_rows=PREFILL_TILE_ROWS,
+            tile_rows=PROMPT_TILE_ROWS,
             out=out,
+            implementation=kernels.prompt,
+            target=kernels.target,
         )
 
 

@@ -74,7 +74,7 @@ def test_info(models: Path, name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert model["stored_bytes"] == (None if name == "bare" else model["parameters"] * 2)
     assert model["expert_bytes"] == 8 * model["block_bytes"]
     assert "pinned_host" in runtime["devices"][0]["memories"]
-    assert runtime["kernel"] == "xla"
+    assert runtime["kernels"] == {"decode": "xla", "prompt": "xla"}
 
 
 def test_info_for_people(capsys: pytest.CaptureFixture[str]) -> None:

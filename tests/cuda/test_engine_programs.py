@@ -8,6 +8,7 @@ import pytest
 
 from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks
 from ef_jax.nn.correction import CorrectionSpec
+from ef_jax.runtime.expert_kernels import choose_kernels
 from ef_jax.runtime.look_ahead import LookAheadSpec
 from ef_jax.runtime.programs import Programs
 from ef_jax.spec import (
@@ -64,6 +65,7 @@ def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec,
         chunk=4,
         pool_slots=SLOTS,
         sharding=aot.sharding(),
+        kernels=choose_kernels(spec, aot.h100()),
         look_ahead=None if look is None else looking(spec, look),
     )
     programs.compile_all()
