@@ -171,15 +171,18 @@ def _scales(largest: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*
 
 
 def _decode_int4(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return (codes - ((codes & 8) << 1)).astype(jnp.float32)
+    """Two's complement to float32: the code plus 8 becomes the last bits of 2^23's mantissa, which then goes off."""
+    return jax.lax.bitcast_convert_type((codes ^ 8) | 0x4B000000, jnp.float32) - (2.0**23 + 8)
 
 
 def _decode_e2m1(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Sign, two exponent bits and one of mantissa, to float32 by its bits; the one subnormal is 0.5."""
-    magnitude = codes & 7
-    normal = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
-    bits = jnp.where(magnitude == 0, 0, jnp.where(magnitude == 1, 126 << 23, normal))
-    return jax.lax.bitcast_convert_type(bits | (codes & 8) << 28, jnp.float32)
+    """Sign, two exponent bits and one of mantissa, to float32 by its bits.
+
+    As bits of a float they are 1, 1.5, 2, 3, 4, 6, 8, 12, twice the value but for 0 and 0.5: f then is over 2 f - 2.
+    """
+    twice = jax.lax.bitcast_convert_type(((codes & 7) << 22) + (127 << 23), jnp.float32)
+    magnitude = jax.lax.bitcast_convert_type(jnp.minimum(twice, 2.0 * twice - 2.0) * 0.5, jnp.int32)
+    return jax.lax.bitcast_convert_type(magnitude | (codes & 8) << 28, jnp.float32)
 
 
 def _encode_e2m1(scaled: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
