@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.problem import Problem
 from pallas_kernels.grouped_ffn.storage import Pool
 from pallas_kernels.grouped_ffn.tiles import Operation
+from pallas_kernels.grouped_ffn.triton_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.triton_tiles import candidates, tile_height, tiles_for
 from pallas_kernels.grouped_ffn.work_items import row_items, work_items
 
@@ -88,7 +88,7 @@ def _ffn(
 ) -> Float[Array, "M D"]:
     table = _tile_table(slot_of_group, group_sizes, x.shape[0], problem.tile_rows)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
-    act = ACTIVATIONS[problem.activation or ""]
+    act = KERNEL_ACTIVATIONS[problem.activation or ""]
     gate_up = {"parts": (0, 1), "contract_last": True, "combine": act}
     anything = jax.ShapeDtypeStruct((x.shape[0], problem.width), x.dtype)
     inner = _multiply("gate_up", x, pool, inner_biases, table, anything, problem, **gate_up)

@@ -1,6 +1,6 @@
 """The Triton kernel of gate-up-activation, of the down projection and of the plain matmul: one loop over tiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.quantized import Format, QuantizedPool
 from pallas_kernels.grouped_ffn.storage import Pool, from_storage
 from pallas_kernels.grouped_ffn.triton_tiles import TritonTiles
-from pallas_kernels.grouped_ffn.triton_weights import Span, Weights, both
+from pallas_kernels.grouped_ffn.triton_weights import Span, Weights, both, load_row
 
 # Tiles of rows that are computed side by side, so that the L2 cache gives them the weights that they share.
 _SIDE_BY_SIDE = 8
@@ -75,7 +75,7 @@ def slot_matmul(
 
     def kernel(table_ref: Any, x_ref: Any, *refs: Any) -> None:
         scales = (refs[1], refs[2]) if form is not None else None
-        weights = Weights(values=refs[0], scales=scales, groups=groups, format=form)
+        weights = Weights(values=refs[0], scales=scales, groups=groups, format=form, contract_last=plan.contract_last)
         bias_refs = refs[len(arrays) : len(arrays) + len(biases)]
         item, stripe = _place(pl.program_id(0), items, stripes)
         tile = _Tile(slot=table_ref[0, item], first=table_ref[1, item], rows=table_ref[2, item], height=plan.height)
@@ -86,9 +86,11 @@ def slot_matmul(
             sums = _sums(x_ref, weights, tile, columns, depth, plan)
             # Two sums of one part are of the columns in the low and in the high halves of the bytes.
             spans = [columns.moved(half * width) for half in range(len(sums) // len(plan.parts))]
-            if bias_refs:
-                of_sums = [(ref, span) for ref in bias_refs for span in spans]
-                sums = [total + _bias(ref, tile.slot, span) for total, (ref, span) in zip(sums, of_sums, strict=True)]
+            places = [(number, span) for number in range(len(plan.parts)) for span in spans]
+            for at, (number, span) in enumerate(places):
+                sums[at] = weights.scaled(sums[at], tile.slot, plan.parts[number], span)
+                if bias_refs:
+                    sums[at] += load_row(bias_refs[number].at[tile.slot, span.at], span)
             results = sums if plan.combine is None else [plan.combine(*sums)]
             for span, result in zip(spans, results, strict=True):
                 tile.store(refs[-1], span, result)
@@ -139,7 +141,7 @@ def _place(program: jax.Array, items: int, stripes: int) -> tuple[jax.Array, jax
 
 def _sums(
     x_ref: Any, weights: Weights, tile: _Tile, columns: Span, depth: int, plan: Plan
-) -> Sequence[Float[Array, "height columns"]]:
+) -> list[Float32[Array, "height columns"]]:
     """float32 sums of a tile over all of the contracted axis: one a part, or two where a byte holds two columns."""
     apart = weights.packed and not plan.contract_last
     numbers = _CONTRACT_LAST if plan.contract_last else _CONTRACT_FIRST
@@ -165,16 +167,10 @@ def _sums(
 
     empty = jnp.zeros((plan.height, plan.tiles.columns), jnp.float32)
     start = (empty,) * (len(plan.parts) * (2 if apart else 1))
-    return jax.lax.fori_loop(0, -(-depth // plan.tiles.depth), step, start)
+    return list(jax.lax.fori_loop(0, -(-depth // plan.tiles.depth), step, start))
 
 
 def dot(left: jax.Array, right: jax.Array, numbers: Any) -> jax.Array:
     """Product in float32; of float32 factors without TF32, whose error is beyond what `grouped_ffn` promises."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _bias(ref: Any, slot: Any, columns: Span) -> Float[Array, "1 columns"]:
-    at, mask = ref.at[slot, columns.at], columns.inside(1)
-    one = plt.load(at) if mask is None else plt.load(at, mask=mask.reshape(columns.size), other=0)
-    return one.astype(jnp.float32).reshape(1, columns.size)

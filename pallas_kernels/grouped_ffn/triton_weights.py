@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.grouped_ffn.quantized import Format, decode_halves, decode_scales
 
@@ -56,6 +56,13 @@ def load(ref: Any, lead: tuple[Any, ...], rows: Span, columns: Span) -> jax.Arra
     return plt.load(at) if mask is None else plt.load(at, mask=mask, other=0)
 
 
+def load_row(at: Any, columns: Span) -> Float32[Array, "1 columns"]:
+    """What the indexed ref has for each column, zeros where the span ends."""
+    mask = columns.inside(1)
+    row = plt.load(at) if mask is None else plt.load(at, mask=mask.reshape(columns.size), other=0)
+    return row.astype(jnp.float32).reshape(1, columns.size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A pool's arrays as a kernel has them.
@@ -65,17 +72,32 @@ class Weights:
       scales: refs of `gate_up_scales` and `down_scales`; None for a dense pool.
       groups: weights that share a scale, of gate and up, and of down.
       format: of a quantized pool; None for a dense one.
+      contract_last: whether a block's columns are summed over, else its rows.
     """
 
     values: Any
     scales: tuple[Any, Any] | None
     groups: tuple[int, int]
     format: Format | None
+    contract_last: bool
 
     @property
     def packed(self) -> bool:
         """Whether an element holds two weights."""
         return self.format in ("int4", "mxfp4")
+
+    def _scaled_after(self, part: int) -> bool:
+        """Whether a part's scales belong to the columns of the result, so that sums are scaled instead of weights."""
+        return self.format == "int8" and (part < 2) == self.contract_last
+
+    def scaled(self, total: jax.Array, slot: Any, part: int, columns: Span) -> jax.Array:
+        """A sum of products with `tiles`, times the scales that they lack."""
+        if not self._scaled_after(part) or self.scales is None:
+            return total
+        none = jnp.int32(0)
+        if part < 2:
+            return total * load_row(self.scales[0].at[slot, jnp.int32(part), columns.at, none], columns)
+        return total * load_row(self.scales[1].at[slot, none, columns.at], columns)
 
     def tiles(self, slot: Any, part: int, rows: Span, columns: Span, dtype: Any) -> tuple[jax.Array, ...]:
         """The tile of a slot's part, as `dtype`; of the 4-bit formats two: of those columns, and of those B further."""
@@ -83,6 +105,8 @@ class Weights:
         stored = load(self.values, (slot, jnp.int32(part)), rows, columns)
         if self.format is None:
             return (stored,)
+        if self._scaled_after(part):
+            return (stored.astype(dtype),)
         wide = (stored.astype(jnp.float32),) if self.format == "int8" else decode_halves(stored, self.format)
         return tuple(
             (half * self._scales(slot, part, rows, columns.moved(number * columns.limit))).astype(dtype)
