@@ -22,8 +22,8 @@ def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return np.dtype(np.uint16) if dtype.itemsize == 2 else np.dtype(dtype)
 
 
-def to_storage(values: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """The floats as they are stored, the inverse of `from_storage`."""
+def to_storage(values: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The floats as they are stored, the inverse of `from_storage`; what is stored already stays as it is."""
     stored = storage_dtype(values.dtype)
     return values if values.dtype == stored else jax.lax.bitcast_convert_type(values, stored)
 
