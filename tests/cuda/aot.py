@@ -4,8 +4,10 @@ Needs the packages `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own versio
 that of the packages `nvidia-cuda-nvcc` and `nvidia-nvvm`. Nothing runs, so this says nothing about numbers or speed.
 """
 
+import contextlib
 import functools
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +26,17 @@ def missing() -> str | None:
     """What this machine lacks for compiling, as a reason to skip; None where it can."""
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         return "jax-cuda13-plugin is not installed"
-    packaged = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cu13") is not None
-    if not packaged and shutil.which("ptxas") is None and not Path("/usr/local/cuda/bin/ptxas").exists():
+    if ptxas() is None:
         return "no ptxas: neither a CUDA toolkit nor nvidia-cuda-nvcc is installed"
     return None
+
+
+def ptxas() -> str | None:
+    """The assembler, of a CUDA toolkit or of the package `nvidia-cuda-nvcc`."""
+    packaged = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cu13")
+    folders = packaged.submodule_search_locations or [] if packaged else []
+    places = ["/usr/local/cuda/bin", *(f"{folder}/bin" for folder in folders)]
+    return shutil.which("ptxas") or shutil.which("ptxas", path=os.pathsep.join(places))
 
 
 class _KindSharding(NamedSharding):
@@ -75,9 +84,21 @@ def abstract(shape: tuple[int, ...], dtype: Any, kind: MemoryKind = "device") ->
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(kind))
 
 
-def compile_for_h100(function: Callable[..., Any], *args: Any, **jit_options: Any) -> jax.stages.Compiled:
+def compile_for_h100(
+    function: Callable[..., Any], *args: Any, compiler_options: dict[str, Any] | None = None, **jit_options: Any
+) -> jax.stages.Compiled:
     """`function`, jitted with `jit_options`, compiled to sm_90a for `args` made by `abstract`.
 
     `memory_analysis()` of the result tells device bytes from host bytes, which the CPU backend does not.
     """
-    return jax.jit(function, **jit_options).lower(*args).compile()
+    with lowering_for_h100():
+        lowered = jax.jit(function, **jit_options).lower(*args)
+    return lowered.compile(compiler_options=compiler_options)
+
+
+def lowering_for_h100() -> contextlib.AbstractContextManager[Any]:
+    """Within it, Pallas kernels find an H100 to be lowered for. jax 0.10 does not ask for one."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind=h100().device_kind, num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
