@@ -8,7 +8,7 @@ _README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_python_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec("\n".join(blocks), {})
@@ -17,6 +17,7 @@ def test_the_python_examples_run() -> None:
     assert "length 16" in printed
     assert "(3, 4096)" in printed
     assert "[16, 16, 16]" in printed
+    assert "(20, 128)" in printed
 
 
 def test_links_lead_somewhere() -> None:
