@@ -18,9 +18,17 @@ from ef_jax.nn.definition import merge_top as merge_top
 from ef_jax.nn.definition import top_definition as top_definition
 from ef_jax.nn.exponential import exp_of_negative as exp_of_negative
 from ef_jax.nn.ffn import ffn as ffn
+from ef_jax.nn.host_optimizer import HostOptimizer as HostOptimizer
+from ef_jax.nn.host_param import TRAINABLE as TRAINABLE
+from ef_jax.nn.host_param import HostParam as HostParam
+from ef_jax.nn.host_param import HostVariable as HostVariable
+from ef_jax.nn.host_param import host_sharding as host_sharding
+from ef_jax.nn.host_param import restore as restore
+from ef_jax.nn.host_param import restore_target as restore_target
 from ef_jax.nn.linear import linear as linear
 from ef_jax.nn.linear import matmul_f32 as matmul_f32
 from ef_jax.nn.norm import rms_norm as rms_norm
+from ef_jax.nn.offloaded_moe import OffloadedMoE as OffloadedMoE
 from ef_jax.nn.pregate import RouterStack as RouterStack
 from ef_jax.nn.pregate import pregate as pregate
 from ef_jax.nn.pregate import router_stack_shapes as router_stack_shapes
