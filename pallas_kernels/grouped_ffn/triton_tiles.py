@@ -12,7 +12,7 @@ FEW_ROWS = 32
 
 # Shared memory that a block may have, by compute capability, in KiB; 99 for those that are not here.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
-_MOST_STAGES = 5
+_MOST_STAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,17 @@ def tiles_for(operation: Operation, problem: Problem) -> TritonTiles:
 
 def heuristic(operation: Operation, problem: Problem) -> TritonTiles:
     """Tiles by rule: narrow, with much in flight, where rows are few; as of a dense matmul where they are many."""
-    exact, height = problem.dtype.itemsize == 4, tile_height(problem)
+    height, sums = tile_height(problem), _sums(operation, problem)
+    packed, quantized = problem.storage in ("int4", "mxfp4"), problem.storage != "dense"
     if operation == "outer":
-        columns, depth, warps = (64, 32, 4) if exact else (128, 64, 8)
-    elif exact:  # multiplied without matrix instructions, by registers
-        columns, depth, warps = (32, 32, 4) if height <= FEW_ROWS else (64, 32, 8)
+        columns, depth, warps = (64, 32, 4) if problem.dtype.itemsize == 4 else (128, 64, 8)
+    elif problem.dtype.itemsize == 4:  # multiplied without matrix instructions, out of registers
+        columns, depth = 32 if quantized or height <= FEW_ROWS else 64 // sums, 16 if packed else 32
+        warps = 4 if height <= FEW_ROWS else 8
     elif height <= FEW_ROWS:
-        columns, depth, warps = 64 // _sums(operation, problem), 128, 4
-    else:
-        columns, depth, warps = 256 // _sums(operation, problem), 64, 8 if height > 64 else 4
+        columns, depth, warps = 64 if operation == "down" else 32, 64 if packed else 128, 4
+    else:  # dequantized weights pass through registers, so there are fewer at a time
+        columns, depth, warps = (128 if height == 64 else 256) // sums, 32 if packed else 64, 4 if height == 64 else 8
     return _fitted(operation, problem, columns, depth, warps)
 
 
