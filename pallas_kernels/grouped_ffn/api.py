@@ -8,6 +8,7 @@ from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
 from pallas_kernels.grouped_ffn.backends import choose_backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.checks import check_groups, check_pool
+from pallas_kernels.grouped_ffn.gradients import differentiable_ffn, differentiable_matmul
 from pallas_kernels.grouped_ffn.problem import Problem, fitting_tile_rows
 from pallas_kernels.grouped_ffn.quantized import QuantizedPool
 from pallas_kernels.grouped_ffn.target import Target, default_target
@@ -30,7 +31,8 @@ def grouped_ffn(
     """`down(act(gate(x), up(x)))` of each row with its group's expert block, read in place from the pool.
 
     Rows are sorted by group: the first `group_sizes[0]` belong to group 0, and so on. A row's result depends on the
-    row, its block and its rank within its group only, not on other rows or on which groups are skipped.
+    row, its block and its rank within its group only, not on other rows or on which groups are skipped. Differentiable
+    once, in reverse mode, by x, a pool of floats, biases and out.
 
     Args:
       x_sorted: rows, bfloat16, float16 or float32.
@@ -87,7 +89,7 @@ def grouped_ffn(
     )
     backend = choose_backend(problem, implementation)
     out = jnp.zeros_like(x_sorted) if out is None else jnp.asarray(out)
-    return backend.ffn(x_sorted, held, biases, slot_of_group, group_sizes, out, problem)
+    return differentiable_ffn(backend, problem, x_sorted, held, biases, slot_of_group, group_sizes, out)
 
 
 def slot_grouped_matmul(
@@ -135,7 +137,7 @@ def slot_grouped_matmul(
     )
     backend = choose_backend(problem, implementation)
     out = jnp.zeros((x_sorted.shape[0], width), x_sorted.dtype) if out is None else jnp.asarray(out)
-    return backend.matmul(x_sorted, pool[:, None], slot_of_group, group_sizes, out, problem, 0, transposed)
+    return differentiable_matmul(backend, problem, transposed, x_sorted, pool[:, None], slot_of_group, group_sizes, out)
 
 
 def _tile_rows(given: int | None, rows: int, groups: int) -> int:

@@ -9,15 +9,9 @@ from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.problem import Problem
 from pallas_kernels.grouped_ffn.storage import Pool, weights_of_slot
+from pallas_kernels.grouped_ffn.work_items import slot_of_row
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def _slot_of_row(slot_of_group: Int32[Array, "G"], group_sizes: Int32[Array, "G"] | None, rows: int) -> jax.Array:
-    """[M], -1 for rows that no group with a slot has."""
-    ends = jnp.cumsum(jnp.ones_like(slot_of_group) if group_sizes is None else group_sizes)
-    group = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
-    return jnp.where(group < ends.shape[0], slot_of_group[jnp.minimum(group, ends.shape[0] - 1)], -1)
 
 
 def _ffn(
@@ -44,7 +38,7 @@ def _ffn(
             y = y + biases.down[at].astype(jnp.float32)
         return jnp.where(slot >= 0, y.astype(row.dtype), before)
 
-    slots = _slot_of_row(slot_of_group, group_sizes, x.shape[0])
+    slots = slot_of_row(slot_of_group, group_sizes, x.shape[0])
     return jax.lax.map(lambda args: one_row(*args), (slots, x, out))
 
 
@@ -65,7 +59,7 @@ def _matmul(
         y = jnp.dot(row.astype(jnp.float32), weights.T if contract_last else weights, precision=_HIGHEST)
         return jnp.where(slot >= 0, y.astype(before.dtype), before)
 
-    slots = _slot_of_row(slot_of_group, group_sizes, x.shape[0])
+    slots = slot_of_row(slot_of_group, group_sizes, x.shape[0])
     return jax.lax.map(lambda args: one_row(*args), (slots, x, out))
 
 
@@ -81,7 +75,7 @@ def _outer(
         product = left.astype(jnp.float32)[:, None] * right.astype(jnp.float32)[None, :]
         return sums.at[jnp.maximum(slot, 0)].add(jnp.where(slot >= 0, product, 0.0)), None
 
-    slots = _slot_of_row(slot_of_group, group_sizes, a.shape[0])
+    slots = slot_of_row(slot_of_group, group_sizes, a.shape[0])
     empty = jnp.zeros((problem.slots, a.shape[1], b.shape[1]), jnp.float32)
     return jax.lax.scan(one_row, empty, (slots, a, b))[0]
 

@@ -54,3 +54,15 @@ def work_items(
     row = starts[group] + (item - (tile_ends - tiles)[group]) * tile_rows
     rows = jnp.minimum(tile_rows, ends[group] - row)
     return WorkItems(tile_ends[-1].astype(jnp.int32), group, row.astype(jnp.int32), rows.astype(jnp.int32))
+
+
+def slot_of_row(
+    slot_of_group: Int32[Array, "G"], group_sizes: Int32[Array, "G"] | None, total_rows: int
+) -> Int32[Array, "M"]:
+    """Each row's slot, -1 for rows that no group with a slot has."""
+    if group_sizes is None:
+        return slot_of_group
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(total_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, row, side="right", method="compare_all")
+    return jnp.where(group < ends.shape[0], slot_of_group[jnp.minimum(group, ends.shape[0] - 1)], -1)
