@@ -3,14 +3,16 @@
 import functools
 import logging
 
-from pallas_kernels.grouped_ffn import reference, triton, xla
+from pallas_kernels.grouped_ffn import mosaic_sm90, reference, triton, xla
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.problem import Problem
 
 _LOG = logging.getLogger("pallas_kernels")
 
 # In the order in which they are tried.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (triton.BACKEND, xla.BACKEND, reference.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (mosaic_sm90.BACKEND, triton.BACKEND, xla.BACKEND, reference.BACKEND)
+}
 
 
 def choose_backend(problem: Problem, implementation: str | None = None) -> Backend:

@@ -1,0 +1,219 @@
+"""Rows times their groups' weights on Hopper's tensor cores: the kernel of gate and up, of down and of plain matmuls.
+
+One block a multiprocessor stays for the whole call and walks over tiles: a tile of rows of one group times some columns
+of that group's weights. One warpgroup copies rows and weights (TMA) into a ring of stages and runs ahead over tile
+boundaries, so that memory never waits for the ends of tiles; two warpgroups multiply (wgmma) and store. A wgmma
+multiplies 64 rows. Where a tile has fewer, only these are copied, and the rest computes on what lies in shared memory:
+free, as weights come at memory's speed then.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels.grouped_ffn.mosaic_api import CORE, WARPGROUP, call_kernel, load_any
+from pallas_kernels.grouped_ffn.mosaic_items import BOX_ROWS, AlignedItems
+from pallas_kernels.grouped_ffn.mosaic_ring import CONSUMER_REGISTERS, COPIER_REGISTERS, Ring
+from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, CONSUMERS, WARPGROUP_ROWS, MosaicTiles, row_groups
+
+
+class Tile(NamedTuple):
+    """Where a tile lies: its slot of the pool, first row, which of its rows are its group's, and first column."""
+
+    slot: jax.Array
+    row: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    column: jax.Array
+
+
+def project(
+    x: Float[Array, "M C"],
+    pool: Shaped[Array, "S P A B"],
+    biases: tuple[Float[Array, "S N"], ...],
+    items: AlignedItems,
+    out: Float[Array, "M N"] | jax.ShapeDtypeStruct,
+    *,
+    parts: tuple[int, ...],
+    contract_last: bool,
+    epilogue: Callable[..., jax.Array],
+    height: int,
+    tiles: MosaicTiles,
+    cores: int,
+    interpret: bool,
+    name: str,
+) -> Float[Array, "M N"]:
+    """`out`, its rows in `items` replaced by `epilogue` of their products with the `parts` of their slots' blocks.
+
+    Other rows are left as `out` has them; anything, where `out` is a mere shape.
+
+    Args:
+      x: bfloat16 or float16 rows.
+      pool: blocks of x's dtype or its bits; a part is `[N, C]` with `contract_last`, else `[C, N]`.
+      biases: one array for each part, or none.
+      items: tiles of `height` rows.
+      epilogue: float32 `[64, columns]` of each part to the result.
+      cores: blocks to launch.
+      name: of the kernel, in traces.
+    """
+    contract = x.shape[1]
+    width = out.shape[1]
+    steps = -(-contract // tiles.depth)
+    along_rows = row_groups(height)
+    along_columns = CONSUMERS // along_rows
+    block_columns = along_columns * tiles.columns
+    column_tiles = -(-width // block_columns)
+    copied_rows = min(height, WARPGROUP_ROWS)
+    weight_tile = (len(parts) * tiles.columns, tiles.depth) if contract_last else (tiles.depth, tiles.columns)
+    beyond = column_tiles * block_columns - width
+    biases = tuple(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, beyond))) for bias in biases)
+    x = jnp.pad(x, ((0, -x.shape[0] % BOX_ROWS), (0, 0)))
+
+    def kernel(*refs: Any) -> None:
+        x_gmem, pool_gmem, total_gmem, slot_gmem, box_gmem, begin_gmem, end_gmem, *rest = refs
+        bias_gmem, (out_gmem, x_smem, w_smem, whole_smem, part_smem, full, empty) = rest[: len(biases)], rest[-7:]
+        warpgroup = lax.axis_index(WARPGROUP)
+        core = lax.axis_index(CORE)
+        total = total_gmem[0]
+        ring = Ring(stages=tiles.stages, full=full, empty=empty)
+
+        def tile_at(index: jax.Array) -> Tile:
+            block = index // (tiles.walk * column_tiles)
+            within = index - block * (tiles.walk * column_tiles)
+            size = jnp.minimum(tiles.walk, total - block * tiles.walk)
+            item = block * tiles.walk + lax.rem(within, size)
+            column = pl.multiple_of(lax.div(within, size) * block_columns, CHUNK_COLUMNS)
+            return Tile(slot_gmem[item], box_gmem[item] * BOX_ROWS, begin_gmem[item], end_gmem[item], column)
+
+        def each_tile(body: Callable[[Tile, jax.Array], None]) -> jax.Array:
+            """Calls `body` with the tiles of this block that have rows, and the steps before each; gives all steps."""
+
+            def visit(turn: jax.Array, before: jax.Array) -> jax.Array:
+                tile = tile_at(core + turn * cores)
+
+                @pl.when(tile.end > tile.begin)
+                def _() -> None:
+                    body(tile, before)
+
+                return before + jnp.where(tile.end > tile.begin, steps, 0)
+
+            tiles_here = lax.div(total * column_tiles - core + cores - 1, cores)
+            return lax.fori_loop(0, tiles_here, visit, jnp.int32(0))
+
+        def copy_in(tile: Tile, before: jax.Array) -> None:
+            def step(k: jax.Array, carry: None) -> None:
+                stage = ring.to_fill(before + k)
+                depth = pl.ds(k * tiles.depth, tiles.depth)
+                for r in range(along_rows):
+                    rows = pl.ds(tile.row + r * WARPGROUP_ROWS, copied_rows)
+                    target = x_smem.at[stage * along_rows + r, pl.ds(0, copied_rows)]
+                    plgpu.copy_gmem_to_smem(x_gmem.at[rows, depth], target, full.at[stage])
+                for c in range(along_columns):
+                    columns = pl.ds(tile.column + c * tiles.columns, tiles.columns)
+                    for p, part in enumerate(parts):
+                        if contract_last:
+                            source = pool_gmem.at[tile.slot, part, columns, depth]
+                            target = w_smem.at[stage * along_columns + c, pl.ds(p * tiles.columns, tiles.columns)]
+                        else:
+                            source = pool_gmem.at[tile.slot, part, depth, columns]
+                            target = w_smem.at[stage * along_columns + c]
+                        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
+
+            lax.fori_loop(0, steps, step, None)
+
+        def multiply(tile: Tile, before: jax.Array) -> None:
+            row_group = lax.rem(warpgroup, along_rows)
+            column_group = lax.div(warpgroup, along_rows)
+
+            def accumulate(acc: Any) -> jax.Array:
+                def step(k: jax.Array, carry: None) -> None:
+                    stage = ring.to_read(before + k)
+                    weights = w_smem.at[stage * along_columns + column_group]
+                    plgpu.wgmma(acc, x_smem.at[stage * along_rows + row_group], weights.T if contract_last else weights)
+                    ring.release_but_last(before + k, k)
+
+                lax.fori_loop(0, steps, step, None)
+                ring.release_last(before + steps, steps)
+                return acc[...]
+
+            sums = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, len(parts) * tiles.columns)))
+            column = tile.column + column_group * tiles.columns
+            projected = []
+            for p in range(len(parts)):
+                one = sums[:, p * tiles.columns : (p + 1) * tiles.columns] if len(parts) > 1 else sums
+                if bias_gmem:
+                    bias = load_any(bias_gmem[p].at[tile.slot, pl.ds(column, tiles.columns)])
+                    one = one + lax.broadcast_in_dim(bias, one.shape, (1,))
+                projected.append(one)
+            result = epilogue(*projected).astype(out.dtype)
+            first = row_group * WARPGROUP_ROWS
+            begin = jnp.clip(tile.begin - first, 0, WARPGROUP_ROWS)
+            rows = jnp.clip(tile.end - first, 0, WARPGROUP_ROWS) - begin
+            for chunk in range(0, tiles.columns, CHUNK_COLUMNS):
+
+                @pl.when((rows > 0) & (column + chunk < width))
+                def _(chunk: int = chunk) -> None:
+                    value = result[:, chunk : chunk + CHUNK_COLUMNS]
+                    target = out_gmem.at[:, pl.ds(pl.multiple_of(column + chunk, CHUNK_COLUMNS), CHUNK_COLUMNS)]
+                    store(value, tile.row + first, begin, rows, target)
+
+        def store(value: jax.Array, row: jax.Array, begin: jax.Array, rows: jax.Array, target: Any) -> None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if height >= WARPGROUP_ROWS and target.shape[0] >= WARPGROUP_ROWS:
+
+                @pl.when(rows == WARPGROUP_ROWS)
+                def whole() -> None:
+                    whole_smem[warpgroup] = value
+                    plgpu.commit_smem()
+                    rows_here = pl.ds(pl.multiple_of(row, BOX_ROWS), WARPGROUP_ROWS)
+                    plgpu.copy_smem_to_gmem(whole_smem.at[warpgroup], target.at[rows_here])
+
+            @pl.when(rows < WARPGROUP_ROWS)
+            def part() -> None:
+                part_smem[warpgroup] = value
+                plgpu.commit_smem()
+                _store_rows(part_smem.at[warpgroup], begin, target, row + begin, rows, most=copied_rows)
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            each_tile(multiply)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _() -> None:
+            plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+            ring.drain(each_tile(copy_in))
+
+    copies = along_rows + along_columns * len(parts)
+    scratch = [
+        plgpu.SMEM((tiles.stages * along_rows, WARPGROUP_ROWS, tiles.depth), x.dtype),
+        plgpu.SMEM((tiles.stages * along_columns, *weight_tile), x.dtype),
+        plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, CHUNK_COLUMNS), out.dtype),
+        plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, CHUNK_COLUMNS), out.dtype),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
+    ]
+    operands = (x, pool, *items, *biases)
+    return call_kernel(
+        kernel, operands, out, scratch, cores=cores, warpgroups=CONSUMERS + 1, interpret=interpret, name=name
+    )
+
+
+def _store_rows(source: Any, begin: jax.Array, target: Any, row: jax.Array, rows: jax.Array, *, most: int) -> None:
+    """Copies `rows` rows. A copy's size is static, so there is one for each power of two, or none."""
+    size = 1 << (min(most, target.shape[0]).bit_length() - 1)
+    while size:
+
+        @pl.when((rows & size) != 0)
+        def _(begin: jax.Array = begin, row: jax.Array = row, size: int = size) -> None:
+            plgpu.copy_smem_to_gmem(source.at[pl.ds(begin, size)], target.at[pl.ds(row, size)])
+
+        begin, row = begin + (rows & size), row + (rows & size)
+        size //= 2
