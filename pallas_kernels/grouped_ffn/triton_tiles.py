@@ -71,7 +71,8 @@ def heuristic(operation: Operation, problem: Problem) -> TritonTiles:
         columns, depth = 32 if quantized or height <= FEW_ROWS else 64 // sums, 16 if packed else 32
         warps = 4 if height <= FEW_ROWS else 8
     elif height <= FEW_ROWS:
-        columns, depth, warps = 64 if operation == "down" else 32, 64 if packed else 128, 4
+        columns, warps = 32 if operation == "gate_up" else 64, 4
+        depth = 64 if packed or operation == "matmul" else 128
     else:  # dequantized weights pass through registers, so there are fewer at a time
         columns, depth, warps = (128 if height == 64 else 256) // sums, 32 if packed else 64, 4 if height == 64 else 8
     return _fitted(operation, problem, columns, depth, warps)
