@@ -20,7 +20,11 @@ from pallas_kernels import (
 )
 from tests.cuda import aot, resources
 
-pytestmark = pytest.mark.cuda_compile
+pytestmark = [
+    pytest.mark.cuda_compile,
+    # jax 0.12 says so whenever it lowers a Triton kernel; the backend is for as long as it does.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 OURS = ("mosaic", "triton")
 
