@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
+from pallas_kernels.grouped_ffn.mosaic_activations import MOSAIC_ACTIVATIONS
 from pallas_kernels.grouped_ffn.mosaic_items import AlignedItems, aligned_items, tile_height
 from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, candidates, tiles_for
 from pallas_kernels.grouped_ffn.problem import Problem
@@ -92,7 +92,7 @@ def _ffn(
         return out
     items = _items(slot_of_group, group_sizes, problem)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
-    act = ACTIVATIONS[problem.activation or ""]
+    act = MOSAIC_ACTIVATIONS[problem.activation or ""]
     gate_up: dict[str, Any] = {"parts": (0, 1), "contract_last": True, "epilogue": act}
     down: dict[str, Any] = {"parts": (2,), "contract_last": False, "epilogue": _unchanged}
     anything = jax.ShapeDtypeStruct((x.shape[0], problem.width), x.dtype)
