@@ -72,7 +72,8 @@ def heuristic(operation: Operation, problem: Problem) -> TritonTiles:
         warps = 4 if height <= FEW_ROWS else 8
     elif height <= FEW_ROWS:
         columns, warps = 32 if operation == "gate_up" else 64, 4
-        depth = 64 if packed or operation == "matmul" else 128
+        long = (operation == "gate_up" and not packed) or (operation == "down" and not quantized)
+        depth = 128 if long else 64
     else:  # dequantized weights pass through registers, so there are fewer at a time
         columns, depth, warps = (128 if height == 64 else 256) // sums, 32 if packed else 64, 4 if height == 64 else 8
     return _fitted(operation, problem, columns, depth, warps)
