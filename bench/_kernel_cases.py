@@ -133,7 +133,7 @@ def ceilings(dtype: np.dtype, megabytes: int, size: int, repeats: int) -> dict[s
       size: of the square matrices.
       repeats: how often; the fastest counts, because a ceiling is.
     """
-    array = jnp.zeros(megabytes * 2**18, jnp.float32)
+    array = jnp.zeros((megabytes * 2**8, 2**10), jnp.float32)
     square = jnp.ones((size, size), dtype)
     programs: dict[str, tuple[Callable[..., jax.Array], Sequence[jax.Array], float]] = {
         "copy_bytes_per_second": (lambda x: -x, (array,), 2 * array.nbytes),

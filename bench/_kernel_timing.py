@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from bench import _report
 
@@ -17,13 +18,16 @@ def in_a_row(function: Callable[..., jax.Array], arguments: Sequence[jax.Array])
     """Times `function(*arguments)`: on a CPU by itself, elsewhere as many calls in one program, each after the last."""
     calls = 1 if jax.default_backend() == "cpu" else _CALLS_ON_DEVICE
 
-    def body(carry: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
-        first, _ = jax.lax.optimization_barrier((carry[0], function(*carry)))
-        return (first, *carry[1:]), None
-
     @jax.jit
-    def chain(*arguments: jax.Array) -> jax.Array:
-        return jax.lax.scan(body, arguments, None, length=calls)[0][0]
+    def chain(first: jax.Array, *others: jax.Array) -> jax.Array:
+        # A value of each result goes into the next call, else calls would be hoisted out of the loop or removed.
+        def body(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+            first, result = carry
+            first = first.at[0, 0].add(0 * result[0, 0].astype(first.dtype))
+            return (first, function(first, *others)), None
+
+        start = (first, jnp.zeros_like(jax.eval_shape(function, first, *others)))
+        return jax.lax.scan(body, start, None, length=calls)[0][1]
 
     program = jax.jit(function) if calls == 1 else chain
 

@@ -4,12 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench import kernels
 from bench._kernel_cases import ROUTINGS, SHAPES, Case, group_sizes, make_weights, parse_shape
 from bench._kernel_contenders import contenders
+from bench._kernel_timing import in_a_row
 
 
 def test_prints_a_table_and_one_line_of_json(
@@ -78,3 +81,16 @@ def test_torch_agrees() -> None:
     expected = np.asarray(run(*arguments).astype(np.float32))
     assert turn() > 0
     assert np.abs(result() - expected).max() < 2e-2 * np.abs(expected).max()
+
+
+def test_calls_in_a_row_all_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    calls = []
+
+    def noted(x: np.ndarray) -> np.ndarray:
+        calls.append(float(x[0, 0]))
+        return np.asarray(x)
+
+    turn = in_a_row(lambda x: jax.pure_callback(noted, x, x), [jnp.ones((2, 2))])
+    assert turn() > 0
+    assert calls == [1.0] * 20
