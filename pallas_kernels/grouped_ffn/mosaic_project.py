@@ -127,9 +127,26 @@ def project(
 
             lax.fori_loop(0, steps, step, None)
 
-        def multiply(tile: Tile, before: jax.Array) -> None:
+        def consume(tile: Tile, before: jax.Array) -> None:
             row_group = lax.rem(warpgroup, along_rows)
-            column_group = lax.div(warpgroup, along_rows)
+            column = tile.column + lax.div(warpgroup, along_rows) * tiles.columns
+            first = row_group * WARPGROUP_ROWS
+            begin = jnp.clip(tile.begin - first, 0, WARPGROUP_ROWS)
+            rows = jnp.clip(tile.end - first, 0, WARPGROUP_ROWS) - begin
+            used = (rows > 0) & (column < width)
+
+            @pl.when(used)
+            def _() -> None:
+                multiply(tile.slot, tile.row + first, begin, rows, column, before)
+
+            @pl.when(jnp.logical_not(used))
+            def _() -> None:
+                ring.skip(before, steps)
+
+        def multiply(
+            slot: jax.Array, row: jax.Array, begin: jax.Array, rows: jax.Array, column: jax.Array, before: jax.Array
+        ) -> None:
+            row_group, column_group = lax.rem(warpgroup, along_rows), lax.div(warpgroup, along_rows)
 
             def accumulate(acc: Any) -> jax.Array:
                 def step(k: jax.Array, carry: None) -> None:
@@ -143,25 +160,21 @@ def project(
                 return acc[...]
 
             sums = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, len(parts) * tiles.columns)))
-            column = tile.column + column_group * tiles.columns
             projected = []
             for p in range(len(parts)):
                 one = sums[:, p * tiles.columns : (p + 1) * tiles.columns] if len(parts) > 1 else sums
                 if bias_gmem:
-                    bias = load_any(bias_gmem[p].at[tile.slot, pl.ds(column, tiles.columns)])
+                    bias = load_any(bias_gmem[p].at[slot, pl.ds(column, tiles.columns)])
                     one = one + lax.broadcast_in_dim(bias, one.shape, (1,))
                 projected.append(one)
             result = epilogue(*projected).astype(out.dtype)
-            first = row_group * WARPGROUP_ROWS
-            begin = jnp.clip(tile.begin - first, 0, WARPGROUP_ROWS)
-            rows = jnp.clip(tile.end - first, 0, WARPGROUP_ROWS) - begin
             for chunk in range(0, tiles.columns, CHUNK_COLUMNS):
 
-                @pl.when((rows > 0) & (column + chunk < width))
+                @pl.when(column + chunk < width)
                 def _(chunk: int = chunk) -> None:
                     value = result[:, chunk : chunk + CHUNK_COLUMNS]
                     target = out_gmem.at[:, pl.ds(pl.multiple_of(column + chunk, CHUNK_COLUMNS), CHUNK_COLUMNS)]
-                    store(value, tile.row + first, begin, rows, target)
+                    store(value, row, begin, rows, target)
 
         def store(value: jax.Array, row: jax.Array, begin: jax.Array, rows: jax.Array, target: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -178,12 +191,14 @@ def project(
             def part() -> None:
                 part_smem[warpgroup] = value
                 plgpu.commit_smem()
-                _store_rows(part_smem.at[warpgroup], begin, target, row + begin, rows, most=copied_rows)
+                _store_rows(
+                    part_smem.at[warpgroup], begin, target, row + begin, rows, most=min(copied_rows, WARPGROUP_ROWS - 1)
+                )
 
         @pl.when(warpgroup < CONSUMERS)
         def _() -> None:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            each_tile(multiply)
+            each_tile(consume)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == CONSUMERS)

@@ -67,3 +67,11 @@ class Ring:
         @pl.when(jnp.asarray(steps) > 0)
         def _() -> None:
             plgpu.barrier_arrive(self.empty.at[lax.rem(position - 1, self.stages)])
+
+    def skip(self, before: jax.Array, steps: int) -> None:
+        """Lets `steps` stages go by unread, as a warpgroup does that has no part in a tile."""
+
+        def step(k: jax.Array, carry: None) -> None:
+            plgpu.barrier_arrive(self.empty.at[self.to_read(before + k)])
+
+        lax.fori_loop(0, steps, step, None)

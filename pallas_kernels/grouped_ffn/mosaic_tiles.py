@@ -63,9 +63,9 @@ def tiles_for(operation: Operation, problem: Problem) -> MosaicTiles:
 
 
 def heuristic(operation: Operation, problem: Problem) -> MosaicTiles:
-    """Tiles by rule: as wide as registers hold where rows are many, narrow and deep where they are few."""
+    """Tiles by rule: as wide as registers hold where rows are many, narrow where few, to busy all multiprocessors."""
     many = operation == "outer" or tile_height(problem.tile_rows) > WARPGROUP_ROWS
-    columns = (256 if many else 128) // _sums(operation)
+    columns = 256 // _sums(operation) if many else CHUNK_COLUMNS
     walk = 16 if many else 4
     return _fitted(operation, problem, MosaicTiles(columns=columns, depth=64, stages=_MOST_STAGES, walk=walk))
 
