@@ -31,6 +31,16 @@ hypothesis.settings.register_profile("suite", deadline=None, database=None, dera
 hypothesis.settings.load_profile("suite")
 
 _ROOT = Path(__file__).parent.parent
+_MOST_WORKERS = 4  # of 1 to 2 GB each
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of a run that names no number: none beside the first for one file, and on a GPU, which the first takes
+    for itself."""
+    one_file = len(config.args) == 1 and ".py" in config.args[0]
+    if one_file or os.environ.get("EF_JAX_TEST_GPU") == "1":
+        return 0
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
