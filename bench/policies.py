@@ -48,6 +48,7 @@ TARGETS = {
 _PROMPT_TOKENS = 32
 _COST_SHAPE = {"layers": 48, "experts": 128, "top_k": 8}
 _COST_STEPS = 100
+_ENGINE_TOKENS = 400
 
 
 class GlobalLru(Lru):
@@ -198,7 +199,7 @@ def engine(options: argparse.Namespace) -> list[dict[str, Any]]:
     for repeat in range(options.repeats + 1):
         for name, lm in models.items():
             lm.stats.reset()
-            lm.generate(prompt, max_new_tokens=400, temperature=1.0, seed=repeat, ignore_eos=True)
+            lm.generate(prompt, max_new_tokens=_ENGINE_TOKENS, temperature=1.0, seed=repeat, ignore_eos=True)
             phase = lm.stats.decode
             if repeat:  # before, it warms up
                 hits, misses = sum(phase.hits), sum(phase.misses)

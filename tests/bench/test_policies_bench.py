@@ -27,6 +27,7 @@ def test_it_prints_tables_and_one_line_of_json(
     ]
     monkeypatch.setattr(sys, "argv", ["policies", *words])
     monkeypatch.setattr(policies, "_COST_STEPS", 2)
+    monkeypatch.setattr(policies, "_ENGINE_TOKENS", 8)
     assert policies.main() == 0
     line = capsys.readouterr().out.splitlines()[-1]
     result = json.loads(line)

@@ -6,7 +6,7 @@ import pytest
 from bench import _routing_path_cache as cache
 from tests.replay.traces import made_up
 
-TRACE = made_up(sequences=6, length=30, layers=3, experts=16, top_k=2, pregate=2)
+TRACE = made_up(sequences=6, length=20, layers=3, experts=16, top_k=2, pregate=2)
 
 
 def knowing(trace) -> np.ndarray:

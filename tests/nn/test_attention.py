@@ -7,6 +7,9 @@ import pytest
 
 from ef_jax import nn
 
+# As the engine runs them; one by one, their operations would each be compiled.
+attend, write_cache = jax.jit(nn.attend), jax.jit(nn.write_cache)
+
 
 def inputs(tokens: int, context: int, *, heads: int = 4, kv_heads: int = 2, dtype: str = "float32", batch: int = 2):
     keys = jax.random.split(jax.random.key(0), 3)
@@ -34,7 +37,7 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, wi
 def test_against_one_query_at_a_time(tokens: int, heads: int, window: int) -> None:
     q, k, v = inputs(tokens, 80, heads=heads)
     positions = np.stack([np.arange(tokens), np.arange(tokens)[::-1] + 9]).astype(np.int32)
-    out = nn.attend(q, k, v, jnp.asarray(positions), jnp.int32(window))
+    out = attend(q, k, v, jnp.asarray(positions), jnp.int32(window))
     np.testing.assert_allclose(out, naive(*map(np.asarray, (q, k, v)), positions, window), atol=2e-6)
 
 
@@ -42,7 +45,6 @@ def test_against_one_query_at_a_time(tokens: int, heads: int, window: int) -> No
 def test_blocks_give_the_bits_of_one_call_a_block(dtype: str) -> None:
     q, k, v = inputs(150, 160, dtype=dtype)
     positions = jnp.broadcast_to(jnp.arange(150, dtype=jnp.int32), (2, 150))
-    attend = jax.jit(nn.attend)
     whole = attend(q, k, v, positions, jnp.int32(40))
     for start in (0, 64):
         part = slice(start, start + nn.QUERY_BLOCK)
@@ -53,7 +55,7 @@ def test_blocks_give_the_bits_of_one_call_a_block(dtype: str) -> None:
 def test_blocks_bound_the_workspace() -> None:
     q, k, v = inputs(512, 512, batch=1)
     positions = jnp.arange(512, dtype=jnp.int32)[None]
-    memory = jax.jit(nn.attend).lower(q, k, v, positions, jnp.int32(nn.FULL_WINDOW)).compile().memory_analysis()
+    memory = attend.lower(q, k, v, positions, jnp.int32(nn.FULL_WINDOW)).compile().memory_analysis()
     scores = 4 * 512 * 512 * 4  # bytes of all the scores at once
     assert memory.temp_size_in_bytes < scores / 2
 
@@ -61,7 +63,7 @@ def test_blocks_bound_the_workspace() -> None:
 def test_a_lone_bfloat16_row_is_padded_without_effect() -> None:
     q, k, v = inputs(1, 32, heads=2, dtype="bfloat16")
     positions = jnp.asarray([[7], [31]], jnp.int32)
-    out = nn.attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
+    out = attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
     expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), np.asarray(positions), nn.FULL_WINDOW)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03)
 
@@ -73,7 +75,6 @@ def test_unseen_blocks_of_keys_change_no_bit(shape: tuple[int, int, int, int], d
     q, k, v = inputs(tokens, 4 * nn.KEY_BLOCK, heads=heads, kv_heads=kv_heads, dtype=dtype, batch=batch)
     last = np.random.default_rng(1).integers(tokens - 1, nn.KEY_BLOCK, (batch, 1))
     positions = jnp.asarray(last - np.arange(tokens)[::-1], jnp.int32)
-    attend = jax.jit(nn.attend)
     spans = [nn.KEY_BLOCK * blocks for blocks in (1, 2, 3, 4)]
     least, *others = (attend(q, k[:, :, :n], v[:, :, :n], positions, jnp.int32(nn.FULL_WINDOW)) for n in spans)
     for other in others:
@@ -83,10 +84,10 @@ def test_unseen_blocks_of_keys_change_no_bit(shape: tuple[int, int, int, int], d
 def test_sequences_find_their_rows_of_the_cache() -> None:
     _, k, _ = inputs(2, 8, batch=4)
     new, positions = jnp.ones((2, 2, 2, 8)), jnp.asarray([[3, 4], [5, -1]], jnp.int32)
-    written = np.asarray(nn.write_cache(k, new, positions, jnp.asarray([2, 0], jnp.int32)))
+    written = np.asarray(write_cache(k, new, positions, jnp.asarray([2, 0], jnp.int32)))
     changed = np.argwhere((written != np.asarray(k)).any((1, 3))).tolist()
     assert changed == [[0, 5], [2, 3], [2, 4]]
-    dropped = nn.write_cache(k, new, positions, jnp.asarray([4, 4], jnp.int32))
+    dropped = write_cache(k, new, positions, jnp.asarray([4, 4], jnp.int32))
     np.testing.assert_array_equal(dropped, k)
 
 
@@ -99,18 +100,18 @@ def test_exponential(power: float) -> None:
 def test_padding_is_finite_and_touches_nothing() -> None:
     q, k, v = inputs(3, 8)
     positions = jnp.asarray([[0, 1, 2], [-1, 0, -1]], jnp.int32)
-    out = nn.attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
+    out = attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(out[1, 1], v[1, :, 0].repeat(2, axis=0))  # it sees its own position only
     new = jnp.ones((2, 3, 2, 8))
-    written = np.asarray(nn.write_cache(k, new, positions))
+    written = np.asarray(write_cache(k, new, positions))
     changed = (written != np.asarray(k)).any((1, 3))
     np.testing.assert_array_equal(changed, [[True] * 3 + [False] * 5, [True] + [False] * 7])
 
 
 def test_positions_beyond_the_cache_are_dropped() -> None:
     _, k, _ = inputs(1, 8)
-    written = nn.write_cache(k, jnp.ones((2, 1, 2, 8)), jnp.asarray([[8], [2**30]], jnp.int32))
+    written = write_cache(k, jnp.ones((2, 1, 2, 8)), jnp.asarray([[8], [2**30]], jnp.int32))
     np.testing.assert_array_equal(written, k)
 
 

@@ -43,8 +43,13 @@ def given() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return prompts, np.array([8, 3, 0], np.int32), tokens
 
 
+@jax.jit
+def all_at_once(path: RoutingPath, *given: Array) -> Array:
+    return path(*given)
+
+
 def whole(path: RoutingPath, *given: np.ndarray) -> np.ndarray:
-    return np.asarray(path(*map(jnp.asarray, given)))
+    return np.asarray(all_at_once(path, *map(jnp.asarray, given)))
 
 
 def stepwise(path: RoutingPath, given: tuple[np.ndarray, ...], context: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from ef_jax.predict.path_metrics import candidates
 from ef_jax.predict.path_options import PathTrainingOptions
 from ef_jax.predict.path_training import PathTraining, train_path
 from ef_jax.replay.trace import PROMPT
+from tests.nn.test_routing_path import all_at_once
 from tests.predict.learnable import learnable
 
 SPEC = RoutingPathSpec(
@@ -55,7 +56,7 @@ def test_bins_are_those_of_the_sequences_as_a_whole(trained: tuple[RoutingPath, 
     prompts[2], prompts[3, :3] = trace.tokens[6:14], trace.tokens[:3]
     for row, part in enumerate(parts):
         tokens[row, : part.stop - part.start] = trace.tokens[part]
-    odds = path(jax.numpy.asarray(prompts), jax.numpy.array([0, 0, 8, 3]), jax.numpy.asarray(tokens))
+    odds = all_at_once(path, jax.numpy.asarray(prompts), jax.numpy.array([0, 0, 8, 3]), jax.numpy.asarray(tokens))
     for part, wanted in zip(parts, np.asarray(jax.nn.sigmoid(odds)), strict=True):
         near = NOMINAL[bins[part]] - wanted[: part.stop - part.start]
         assert np.abs(near).max() < 0.017  # half a bin at its widest

@@ -10,7 +10,7 @@ import pytest
 from ef_jax.nn.routing_path import RoutingPath, empty_state
 from ef_jax.predict.log_odds import NOMINAL
 from ef_jax.runtime.routing_paths import RoutingPaths, routing_path_bytes
-from tests.nn.test_routing_path import SPEC, random_path
+from tests.nn.test_routing_path import SPEC, all_at_once, random_path
 
 ROWS, BATCH = 3, 2
 
@@ -31,7 +31,7 @@ def expected(path: RoutingPath, prompt: np.ndarray, tokens: list[int]) -> np.nda
     told = prompt[-SPEC.most_prompt :]
     prompts = np.zeros((1, SPEC.most_prompt), np.int32)
     prompts[0, : len(told)] = told
-    odds = path(jnp.asarray(prompts), jnp.array([len(told)]), jnp.array([tokens], jnp.int32))
+    odds = all_at_once(path, jnp.asarray(prompts), jnp.array([len(told)]), jnp.array([tokens], jnp.int32))
     return np.asarray(jax.nn.sigmoid(odds[0, -1]))
 
 
