@@ -77,19 +77,20 @@ def offloaded_ffn(
 
 
 def _forward(how: Streaming, x: Any, experts: Any, sizes: Any) -> tuple[jax.Array, Any]:
-    kept = x.value, experts.value, sizes.value, None if experts.perturbed else ()
-    return offloaded_ffn(how, *kept[:3]), kept
+    # Whether the experts are trained is static, and what is kept must be a tree of arrays: an empty one means no.
+    trained = {} if not experts.perturbed else {"experts": experts.value}
+    return offloaded_ffn(how, x.value, experts.value, sizes.value), (x.value, experts.value, sizes.value, trained)
 
 
 def _backward(how: Streaming, kept: Any, dy: Any) -> tuple[Any, Any, None]:
-    x, experts, sizes, frozen = kept
+    x, experts, sizes, trained = kept
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     plan = _plan(how, sizes)
 
     def run(pool: jax.Array, wave: _Wave, sums: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         dx, gradients = sums
-        if frozen is not None:
+        if not trained:
             (more,) = jax.vjp(lambda x: _grouped(how, x, pool, wave.sizes), x)[1](dy)
             return dx + more, None
         more, blocks = jax.vjp(lambda x, pool: _grouped(how, x, pool, wave.sizes), x, pool)[1](dy)
@@ -98,8 +99,8 @@ def _backward(how: Streaming, kept: Any, dy: Any) -> tuple[Any, Any, None]:
             gradients = host_blocks.write(gradients, blocks[slot], wave.experts[slot])
         return dx + more, gradients
 
-    if frozen is not None:
-        return _stream(how, plan, experts, x.dtype, run, (jnp.zeros_like(x), None))[0], None, None
+    if not trained:
+        return _stream(how, plan, experts, storage_dtype(x.dtype), run, (jnp.zeros_like(x), None))[0], None, None
     gradients = host_blocks.uninitialised(experts.shape, experts.dtype)
     dx, gradients = _stream(how, plan, experts, x.dtype, run, (jnp.zeros_like(x), gradients))
     zeros = jnp.zeros(experts.shape[1:], experts.dtype)

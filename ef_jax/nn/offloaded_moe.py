@@ -18,6 +18,9 @@ from ef_jax.spec import RouterSpec
 from pallas_kernels import ACTIVATIONS, Target
 from pallas_kernels.grouped_ffn.problem import fitting_tile_rows
 
+# Calls outside jit then compile once for a shape, not one loop after another each time.
+_offloaded_ffn = jax.jit(offloaded_ffn, static_argnums=0)
+
 
 class OffloadedMoE(nnx.Module):
     """Routes each token to K of E gated networks whose weights stay in host memory.
@@ -116,7 +119,7 @@ class OffloadedMoE(nnx.Module):
             implementation=self.implementation,
             target=self.target,
         )
-        return combine(offloaded_ffn(how, rows, blocks, sizes), order, weights)
+        return combine(_offloaded_ffn(how, rows, blocks, sizes), order, weights)
 
     @classmethod
     def from_dense(
