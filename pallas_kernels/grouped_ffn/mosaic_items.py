@@ -31,12 +31,15 @@ class AlignedItems(NamedTuple):
     end: Int32[Array, "I"]
 
 
+def whole_boxes(rows: int) -> int:
+    """Rows of the fewest boxes that hold `rows` rows."""
+    return -(-rows // BOX_ROWS) * BOX_ROWS
+
+
 def tile_height(tile_rows: int) -> int:
     """Rows of a tile that holds any group of `tile_rows` rows, wherever it starts; or 64 or 128, for longer groups."""
-    boxes = -(-tile_rows // BOX_ROWS) * BOX_ROWS
-    if boxes <= 64:
-        return min(boxes + BOX_ROWS, 64)
-    return 128
+    rows = whole_boxes(tile_rows)
+    return min(rows + BOX_ROWS, 64) if rows <= 64 else 128
 
 
 def aligned_items(

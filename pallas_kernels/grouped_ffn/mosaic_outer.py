@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.mosaic_api import CORE, WARPGROUP, call_kernel
-from pallas_kernels.grouped_ffn.mosaic_items import BOX_ROWS, aligned_items
+from pallas_kernels.grouped_ffn.mosaic_items import BOX_ROWS, aligned_items, whole_boxes
 from pallas_kernels.grouped_ffn.mosaic_ring import CONSUMER_REGISTERS, COPIER_REGISTERS, Ring
 from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, CONSUMERS, WARPGROUP_ROWS, MosaicTiles
 
@@ -134,7 +134,7 @@ def outer(
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
-    a, b = (jnp.pad(rows, ((0, -rows.shape[0] % BOX_ROWS), (0, 0))) for rows in (a, b))
+    a, b = (jnp.pad(rows, ((0, whole_boxes(rows.shape[0]) - rows.shape[0]), (0, 0))) for rows in (a, b))
     operands = (a, b, bounds, *(part[order] for part in (items.box, items.begin, items.end)))
     out = jax.ShapeDtypeStruct((slots, height, width), jnp.float32)
     return call_kernel(

@@ -4,7 +4,8 @@ One block a multiprocessor stays for the whole call and walks over tiles: a tile
 of that group's weights. One warpgroup copies rows and weights (TMA) into a ring of stages and runs ahead over tile
 boundaries, so that memory never waits for the ends of tiles; two warpgroups multiply (wgmma) and store. A wgmma
 multiplies 64 rows. Where a tile has fewer, only these are copied, and the rest computes on what lies in shared memory:
-free, as weights come at memory's speed then.
+free, as weights come at memory's speed then. Weights of 8 bits are widened on their way, exactly, and scaled after the
+sums.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.grouped_ffn.mosaic_api import CORE, WARPGROUP, call_kernel, load_any
-from pallas_kernels.grouped_ffn.mosaic_items import BOX_ROWS, AlignedItems
+from pallas_kernels.grouped_ffn.mosaic_items import BOX_ROWS, AlignedItems, whole_boxes
 from pallas_kernels.grouped_ffn.mosaic_ring import CONSUMER_REGISTERS, COPIER_REGISTERS, Ring
-from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, CONSUMERS, WARPGROUP_ROWS, MosaicTiles, row_groups
+from pallas_kernels.grouped_ffn.mosaic_tiles import (
+    CHUNK_COLUMNS,
+    CONSUMERS,
+    WARPGROUP_ROWS,
+    WIDENED,
+    MosaicTiles,
+    row_groups,
+)
 
 
 class Tile(NamedTuple):
@@ -36,6 +44,7 @@ class Tile(NamedTuple):
 def project(
     x: Float[Array, "M C"],
     pool: Shaped[Array, "S P A B"],
+    scales: tuple[Float[Array, "S N"], ...],
     biases: tuple[Float[Array, "S N"], ...],
     items: AlignedItems,
     out: Float[Array, "M N"] | jax.ShapeDtypeStruct,
@@ -55,7 +64,8 @@ def project(
 
     Args:
       x: bfloat16 or float16 rows.
-      pool: blocks of x's dtype or its bits; a part is `[N, C]` with `contract_last`, else `[C, N]`.
+      pool: blocks of x's dtype, or of int8; a part is `[N, C]` with `contract_last`, else `[C, N]`.
+      scales: of int8 weights, one array for each part; else none.
       biases: one array for each part, or none.
       items: tiles of `height` rows.
       epilogue: float32 `[64, columns]` of each part to the result.
@@ -69,15 +79,18 @@ def project(
     along_columns = CONSUMERS // along_rows
     block_columns = along_columns * tiles.columns
     column_tiles = -(-width // block_columns)
-    copied_rows = min(height, WARPGROUP_ROWS)
+    padded_rows = whole_boxes(x.shape[0])
+    copied_rows = min(height, WARPGROUP_ROWS, padded_rows)
     weight_tile = (len(parts) * tiles.columns, tiles.depth) if contract_last else (tiles.depth, tiles.columns)
     beyond = column_tiles * block_columns - width
-    biases = tuple(jnp.pad(bias.astype(jnp.float32), ((0, 0), (0, beyond))) for bias in biases)
-    x = jnp.pad(x, ((0, -x.shape[0] % BOX_ROWS), (0, 0)))
+    scaled, biased, widened = bool(scales), bool(biases), pool.dtype != x.dtype
+    vectors = tuple(jnp.pad(of.astype(jnp.float32), ((0, 0), (0, beyond))) for of in (*scales, *biases))
+    x = jnp.pad(x, ((0, padded_rows - x.shape[0]), (0, 0)))
 
     def kernel(*refs: Any) -> None:
         x_gmem, pool_gmem, total_gmem, slot_gmem, box_gmem, begin_gmem, end_gmem, *rest = refs
-        bias_gmem, (out_gmem, x_smem, w_smem, whole_smem, part_smem, full, empty) = rest[: len(biases)], rest[-7:]
+        vectors_gmem, (out_gmem, *scratch) = rest[: len(vectors)], rest[len(vectors) :]
+        x_smem, w_smem, wide_smem, whole_smem, part_smem, full, empty = scratch
         warpgroup = lax.axis_index(WARPGROUP)
         core = lax.axis_index(CORE)
         total = total_gmem[0]
@@ -127,6 +140,10 @@ def project(
 
             lax.fori_loop(0, steps, step, None)
 
+        def of_columns(vectors: Any, slot: jax.Array, column: jax.Array) -> jax.Array:
+            loaded = load_any(vectors.at[slot, pl.ds(column, tiles.columns)])
+            return lax.broadcast_in_dim(loaded, (WARPGROUP_ROWS, tiles.columns), (1,))
+
         def consume(tile: Tile, before: jax.Array) -> None:
             row_group = lax.rem(warpgroup, along_rows)
             column = tile.column + lax.div(warpgroup, along_rows) * tiles.columns
@@ -152,6 +169,11 @@ def project(
                 def step(k: jax.Array, carry: None) -> None:
                     stage = ring.to_read(before + k)
                     weights = w_smem.at[stage * along_columns + column_group]
+                    if widened:
+                        wide = wide_smem.at[warpgroup * WIDENED + lax.rem(k, WIDENED)]
+                        wide[...] = weights[...].astype(x.dtype)
+                        plgpu.commit_smem()
+                        weights = wide
                     plgpu.wgmma(acc, x_smem.at[stage * along_rows + row_group], weights.T if contract_last else weights)
                     ring.release_but_last(before + k, k)
 
@@ -163,9 +185,10 @@ def project(
             projected = []
             for p in range(len(parts)):
                 one = sums[:, p * tiles.columns : (p + 1) * tiles.columns] if len(parts) > 1 else sums
-                if bias_gmem:
-                    bias = load_any(bias_gmem[p].at[slot, pl.ds(column, tiles.columns)])
-                    one = one + lax.broadcast_in_dim(bias, one.shape, (1,))
+                if scaled:
+                    one = one * of_columns(vectors_gmem[p], slot, column)
+                if biased:
+                    one = one + of_columns(vectors_gmem[p - len(parts)], slot, column)
                 projected.append(one)
             result = epilogue(*projected).astype(out.dtype)
             for chunk in range(0, tiles.columns, CHUNK_COLUMNS):
@@ -209,13 +232,14 @@ def project(
     copies = along_rows + along_columns * len(parts)
     scratch = [
         plgpu.SMEM((tiles.stages * along_rows, WARPGROUP_ROWS, tiles.depth), x.dtype),
-        plgpu.SMEM((tiles.stages * along_columns, *weight_tile), x.dtype),
+        plgpu.SMEM((tiles.stages * along_columns, *weight_tile), pool.dtype),
+        plgpu.SMEM((CONSUMERS * WIDENED, *weight_tile), x.dtype) if widened else None,
         plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, CHUNK_COLUMNS), out.dtype),
         plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, CHUNK_COLUMNS), out.dtype),
         plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
     ]
-    operands = (x, pool, *items, *biases)
+    operands = (x, pool, *items, *vectors)
     return call_kernel(
         kernel, operands, out, scratch, cores=cores, warpgroups=CONSUMERS + 1, interpret=interpret, name=name
     )

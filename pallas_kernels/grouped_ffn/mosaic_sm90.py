@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.mosaic_activations import MOSAIC_ACTIVATIONS
-from pallas_kernels.grouped_ffn.mosaic_items import AlignedItems, aligned_items, tile_height
+from pallas_kernels.grouped_ffn.mosaic_items import AlignedItems, aligned_items, tile_height, whole_boxes
 from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, candidates, tiles_for
 from pallas_kernels.grouped_ffn.problem import Problem
+from pallas_kernels.grouped_ffn.quantized import QuantizedPool
 from pallas_kernels.grouped_ffn.storage import Pool, from_storage
 from pallas_kernels.grouped_ffn.tiles import Operation
 
@@ -32,8 +34,10 @@ def _refuses(problem: Problem) -> str | None:
         return f"its interpreter needs jax 0.11.2 or later, this is {jax.__version__}"
     if problem.dtype.name not in ("bfloat16", "float16"):
         return f"its tensor core instructions are not exact enough for rows of {problem.dtype}"
-    if problem.storage != "dense":
+    if problem.storage not in ("dense", "int8"):
         return f"it has no kernel for {problem.storage} weights"
+    if problem.storage != "dense" and problem.activation is None:
+        return f"it has no plain matmul with {problem.storage} weights"
     if problem.contract % CHUNK_COLUMNS or problem.width % CHUNK_COLUMNS or problem.contract * problem.width == 0:
         return f"it needs sizes that {CHUNK_COLUMNS} divides, got {problem.contract} x {problem.width}"
     if problem.tile_rows > _TALLEST:
@@ -61,10 +65,14 @@ def _multiply(
 ) -> Float[Array, "M N"]:
     from pallas_kernels.grouped_ffn.mosaic_project import project
 
-    assert isinstance(pool, jax.Array)  # others are refused
+    scales: tuple[jax.Array, ...] = ()
+    if isinstance(pool, QuantizedPool):
+        scales = tuple(pool.down_scales[:, 0] if part == 2 else pool.gate_up_scales[:, part, :, 0] for part in parts)
+    blocks = pool.values if isinstance(pool, QuantizedPool) else from_storage(pool, x.dtype)
     return project(
         x,
-        from_storage(pool, x.dtype),
+        blocks,
+        scales,
         biases,
         items,
         out,
@@ -95,7 +103,7 @@ def _ffn(
     act = MOSAIC_ACTIVATIONS[problem.activation or ""]
     gate_up: dict[str, Any] = {"parts": (0, 1), "contract_last": True, "epilogue": act}
     down: dict[str, Any] = {"parts": (2,), "contract_last": False, "epilogue": _unchanged}
-    anything = jax.ShapeDtypeStruct((x.shape[0], problem.width), x.dtype)
+    anything = jax.ShapeDtypeStruct((whole_boxes(x.shape[0]), problem.width), x.dtype)
     inner = _multiply("gate_up", x, pool, inner_biases, items, anything, problem, **gate_up)
     return _multiply("down", inner, pool, down_bias, items, out, problem, **down)
 
@@ -128,6 +136,8 @@ def _outer(
     group_sizes: Int32[Array, "G"] | None,
     problem: Problem,
 ) -> Float32[Array, "S A B"]:
+    if not slot_of_group.shape[0] or not a.shape[0]:
+        return jnp.zeros((problem.slots, a.shape[1], b.shape[1]), jnp.float32)
     from pallas_kernels.grouped_ffn.mosaic_outer import outer
 
     return outer(

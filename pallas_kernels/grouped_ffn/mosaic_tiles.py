@@ -13,6 +13,7 @@ SHARED_MEMORY = 232_448 - 3_072
 WARPGROUP_ROWS = 64  # what one wgmma multiplies at once
 CHUNK_COLUMNS = 64  # what is stored at once: 128 bytes of 16-bit floats, the widest swizzle
 CONSUMERS = 2  # warpgroups that multiply; a third one copies
+WIDENED = 2  # tiles of 8-bit weights that a warpgroup has widened: one is multiplied, one written
 _MOST_STAGES = 8
 
 
@@ -65,7 +66,7 @@ def tiles_for(operation: Operation, problem: Problem) -> MosaicTiles:
 def heuristic(operation: Operation, problem: Problem) -> MosaicTiles:
     """Tiles by rule: as wide as registers hold where rows are many, narrow where few, to busy all multiprocessors."""
     many = operation == "outer" or tile_height(problem.tile_rows) > WARPGROUP_ROWS
-    columns = 256 // _sums(operation) if many else CHUNK_COLUMNS
+    columns = 256 // _sums(operation) if many and problem.storage == "dense" else CHUNK_COLUMNS
     walk = 16 if many else 4
     return _fitted(operation, problem, MosaicTiles(columns=columns, depth=64, stages=_MOST_STAGES, walk=walk))
 
@@ -92,9 +93,12 @@ def shared_bytes(operation: Operation, tiles: MosaicTiles, problem: Problem) -> 
         stage = (CONSUMERS * WARPGROUP_ROWS + tiles.columns) * tiles.depth * 2
         return tiles.stages * stage + CONSUMERS * WARPGROUP_ROWS * CHUNK_COLUMNS * 4
     along_rows = row_groups(tile_height(problem.tile_rows))
-    weights = CONSUMERS // along_rows * _sums(operation) * tiles.columns
-    stage = (along_rows * WARPGROUP_ROWS + weights) * tiles.depth * 2
-    return tiles.stages * stage + 2 * CONSUMERS * WARPGROUP_ROWS * CHUNK_COLUMNS * problem.dtype.itemsize
+    one = _sums(operation) * tiles.columns * tiles.depth  # weights of a warpgroup's step
+    stored = 2 if problem.storage == "dense" else 1
+    stage = along_rows * WARPGROUP_ROWS * tiles.depth * 2 + CONSUMERS // along_rows * one * stored
+    widened = 0 if problem.storage == "dense" else CONSUMERS * WIDENED * one * 2
+    result = 4 if operation == "matmul" else 2  # gradients are float32
+    return tiles.stages * stage + widened + 2 * CONSUMERS * WARPGROUP_ROWS * CHUNK_COLUMNS * result
 
 
 def _sums(operation: Operation) -> int:

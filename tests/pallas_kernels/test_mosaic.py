@@ -36,7 +36,7 @@ class TestMosaic(BackendTests):
     width = 64
     dtypes = ("bfloat16",)
     activations = ("silu",)
-    formats = ()
+    formats = ("int8",)
     tile_heights = (8, 128)
     pattern_step = 85
 
