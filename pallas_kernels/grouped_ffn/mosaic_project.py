@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 
 def project(
-    x: Float[Array, "M C"],
+    x: Float[Array, "R C"],
     pool: Shaped[Array, "S P A B"],
     scales: tuple[Float[Array, "S N"], ...],
     biases: tuple[Float[Array, "S N"], ...],
@@ -63,7 +63,7 @@ def project(
     Other rows are left as `out` has them; anything, where `out` is a mere shape.
 
     Args:
-      x: bfloat16 or float16 rows.
+      x: bfloat16 or float16 rows; those of `out`, in whole eights or not.
       pool: blocks of x's dtype, or of int8; a part is `[N, C]` with `contract_last`, else `[C, N]`.
       scales: of int8 weights, one array for each part; else none.
       biases: one array for each part, or none.

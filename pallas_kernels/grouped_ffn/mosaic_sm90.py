@@ -52,7 +52,7 @@ def _items(slot_of_group: Int32[Array, "G"], group_sizes: Int32[Array, "G"] | No
 
 def _multiply(
     operation: Operation,
-    x: Float[Array, "M C"],
+    x: Float[Array, "R C"],
     pool: Pool,
     biases: tuple[Float[Array, "S N"], ...],
     items: AlignedItems,
