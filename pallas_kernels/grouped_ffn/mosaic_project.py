@@ -32,13 +32,13 @@ from pallas_kernels.grouped_ffn.mosaic_tiles import (
 
 
 class Tile(NamedTuple):
-    """Where a tile lies: its slot of the pool, first row, which of its rows are its group's, and first column."""
+    """Where a tile lies: slot of the pool, first row over eight, which of its rows are its group's, and column tile."""
 
     slot: jax.Array
-    row: jax.Array
+    box: jax.Array
     begin: jax.Array
     end: jax.Array
-    column: jax.Array
+    across: jax.Array
 
 
 def project(
@@ -99,36 +99,39 @@ def project(
         def tile_at(index: jax.Array) -> Tile:
             block = index // (tiles.walk * column_tiles)
             within = index - block * (tiles.walk * column_tiles)
-            size = jnp.minimum(tiles.walk, total - block * tiles.walk)
+            size = jnp.maximum(jnp.minimum(tiles.walk, total - block * tiles.walk), 1)
             item = block * tiles.walk + lax.rem(within, size)
-            column = pl.multiple_of(lax.div(within, size) * block_columns, CHUNK_COLUMNS)
-            return Tile(slot_gmem[item], box_gmem[item] * BOX_ROWS, begin_gmem[item], end_gmem[item], column)
+            return Tile(slot_gmem[item], box_gmem[item], begin_gmem[item], end_gmem[item], lax.div(within, size))
 
         def each_tile(body: Callable[[Tile, jax.Array], None]) -> jax.Array:
             """Calls `body` with the tiles of this block that have rows, and the steps before each; gives all steps."""
 
-            def visit(turn: jax.Array, before: jax.Array) -> jax.Array:
-                tile = tile_at(core + turn * cores)
+            def visit(turn: jax.Array, carry: tuple[Tile, jax.Array]) -> tuple[Tile, jax.Array]:
+                tile, before = carry
+                # Looked up a tile ahead, so that nobody waits for the device's memory between tiles.
+                following = tile_at(jnp.minimum(core + (turn + 1) * cores, last))
 
                 @pl.when(tile.end > tile.begin)
                 def _() -> None:
                     body(tile, before)
 
-                return before + jnp.where(tile.end > tile.begin, steps, 0)
+                return following, before + jnp.where(tile.end > tile.begin, steps, 0)
 
-            tiles_here = lax.div(total * column_tiles - core + cores - 1, cores)
-            return lax.fori_loop(0, tiles_here, visit, jnp.int32(0))
+            count = total * column_tiles
+            last = jnp.maximum(count - 1, 0)
+            first = tile_at(jnp.minimum(core, last)), jnp.int32(0)
+            return lax.fori_loop(0, lax.div(count - core + cores - 1, cores), visit, first)[1]
 
         def copy_in(tile: Tile, before: jax.Array) -> None:
             def step(k: jax.Array, carry: None) -> None:
                 stage = ring.to_fill(before + k)
                 depth = pl.ds(k * tiles.depth, tiles.depth)
                 for r in range(along_rows):
-                    rows = pl.ds(tile.row + r * WARPGROUP_ROWS, copied_rows)
+                    rows = pl.ds(tile.box * BOX_ROWS + r * WARPGROUP_ROWS, copied_rows)
                     target = x_smem.at[stage * along_rows + r, pl.ds(0, copied_rows)]
                     plgpu.copy_gmem_to_smem(x_gmem.at[rows, depth], target, full.at[stage])
                 for c in range(along_columns):
-                    columns = pl.ds(tile.column + c * tiles.columns, tiles.columns)
+                    columns = pl.ds(tile.across * block_columns + c * tiles.columns, tiles.columns)
                     for p, part in enumerate(parts):
                         if contract_last:
                             source = pool_gmem.at[tile.slot, part, columns, depth]
@@ -146,7 +149,7 @@ def project(
 
         def consume(tile: Tile, before: jax.Array) -> None:
             row_group = lax.rem(warpgroup, along_rows)
-            column = tile.column + lax.div(warpgroup, along_rows) * tiles.columns
+            column = tile.across * block_columns + lax.div(warpgroup, along_rows) * tiles.columns
             first = row_group * WARPGROUP_ROWS
             begin = jnp.clip(tile.begin - first, 0, WARPGROUP_ROWS)
             rows = jnp.clip(tile.end - first, 0, WARPGROUP_ROWS) - begin
@@ -154,7 +157,7 @@ def project(
 
             @pl.when(used)
             def _() -> None:
-                multiply(tile.slot, tile.row + first, begin, rows, column, before)
+                multiply(tile.slot, tile.box * BOX_ROWS + first, begin, rows, column, before)
 
             @pl.when(jnp.logical_not(used))
             def _() -> None:
