@@ -86,6 +86,8 @@ def _ffn(
     out: Float[Array, "M D"],
     problem: Problem,
 ) -> Float[Array, "M D"]:
+    if x.shape[0] == 0:
+        return out
     table = _tile_table(slot_of_group, group_sizes, x.shape[0], problem.tile_rows)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
     act = KERNEL_ACTIVATIONS[problem.activation or ""]
@@ -105,6 +107,8 @@ def _matmul(
     part: int,
     contract_last: bool,
 ) -> Float[Array, "M N"]:
+    if x.shape[0] == 0:
+        return out
     table = _tile_table(slot_of_group, group_sizes, x.shape[0], problem.tile_rows)
     return _multiply("matmul", x, pool, (), table, out, problem, parts=(part,), contract_last=contract_last)
 
@@ -118,6 +122,8 @@ def _outer(
 ) -> Float32[Array, "S A B"]:
     from pallas_kernels.grouped_ffn.triton_outer import slot_outer
 
+    if a.shape[0] == 0:
+        return jnp.zeros((problem.slots, a.shape[1], b.shape[1]), jnp.float32)
     sizes = jnp.ones_like(slot_of_group) if group_sizes is None else group_sizes
     firsts = jnp.cumsum(sizes) - sizes
     order = jnp.argsort(slot_of_group, stable=True)

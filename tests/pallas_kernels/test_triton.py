@@ -22,6 +22,7 @@ from pallas_kernels import (
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
 from pallas_kernels.grouped_ffn.tiles import forced_tiles
 from pallas_kernels.grouped_ffn.triton_activations import KERNEL_ACTIVATIONS
+from pallas_kernels.grouped_ffn.triton_matmul import _place
 from pallas_kernels.grouped_ffn.triton_tiles import TritonTiles, candidates, heuristic, tile_height
 from tests.pallas_kernels.base import BackendTests, assert_close, ffn_f64, in_f64, spans
 
@@ -107,6 +108,23 @@ def test_no_group_has_rows():
     pool, out = random((6, 3, 32, 64), 6), random((30, 64), 7)
     y = grouped_ffn(out, pool, SLOTS, 0 * SIZES, out=out, tile_rows=8, implementation="triton", target=H100)
     assert np.array_equal(y, out)
+
+
+def test_no_rows_at_all():
+    pool, none = random((6, 3, 32, 64), 6), jnp.zeros((0, 64))
+    assert grouped_ffn(none, pool, SLOTS, 0 * SIZES, implementation="triton", target=H100).shape == (0, 64)
+    sums = TRITON.outer(none, none, jnp.asarray(SLOTS), jnp.asarray(0 * SIZES), problem())
+    assert sums.shape == (6, 64, 64)
+    assert not sums.any()
+
+
+@pytest.mark.parametrize(("items", "stripes"), [(1, 1), (5, 3), (8, 2), (21, 4)])
+def test_programs_are_one_for_each_tile_and_stripe(items, stripes):
+    place = jax.vmap(lambda program: _place(program, items, stripes))
+    at, stripe = place(jnp.arange(items * stripes, dtype=jnp.int32))
+    found = list(zip(at.tolist(), stripe.tolist(), strict=True))
+    assert sorted(found) == [(item, column) for item in range(items) for column in range(stripes)]
+    assert found[: min(items, 8)] == [(item, 0) for item in range(min(items, 8))]
 
 
 def test_kernels_compute_the_same_activations():
