@@ -78,7 +78,10 @@ def _ffn_backward(backend: Backend, problem: Problem, kept: tuple, dy: Float[Arr
         if not isinstance(pool, QuantizedPool) and jnp.issubdtype(pool.dtype, jnp.floating):
             sums = functools.partial(_sums, backend, inward, slot_of_group, group_sizes)
             pairs = ((dgate_rounded, x), (dup_rounded, x), (inner.astype(x.dtype), dy))
-            dpool = jnp.stack([sums(a, b).astype(pool.dtype) for a, b in pairs], axis=1)
+            dpool = jnp.zeros(pool.shape, pool.dtype)
+            for part, (a, b) in enumerate(pairs):
+                a, dpool = jax.lax.optimization_barrier((a, dpool))  # one part's float32 sums at a time
+                dpool = dpool.at[:, part].set(sums(a, b).astype(pool.dtype))
         dbiases = None
         if biases is not None:
             sums_of_rows = functools.partial(_sums_of_rows, slots, problem.slots)

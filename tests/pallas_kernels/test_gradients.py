@@ -155,3 +155,13 @@ def test_a_pool_of_bits_has_none_but_its_rows_have() -> None:
     of_x, of_pool = gradients(ours, weights, allow_int=True)(x, to_storage(pool), None, out)
     assert of_pool.dtype == jax.dtypes.float0
     assert np.array_equal(in_f64(of_x), in_f64(gradients(ours, weights, (0,))(x, pool, None, out)[0]))
+
+
+def test_a_pool_that_is_not_asked_about_costs_nothing() -> None:
+    given = arguments(jnp.float32, biased=False)
+    sums = f"f32[{S},{F},{D}]"
+    compiled = {
+        which: gradients(ours, jnp.ones((M, D)), which).lower(*given).compile().as_text() for which in ((0,), (0, 1))
+    }
+    assert sums in compiled[0, 1]
+    assert sums not in compiled[0,]
