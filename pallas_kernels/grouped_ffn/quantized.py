@@ -177,7 +177,7 @@ def _decode_int4(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _decode_e2m1(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Sign, two exponent bits and one of mantissa: those of a float16, whose exponents begin 2^14 lower."""
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
+    bits = ((codes << 28) >> 19) & 0x8E00  # the sign goes to the front, and on copies of it that are masked away
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16).astype(jnp.float32) * 2.0**14
 
 
