@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ef_jax.nn.host_blocks import blocks_of, fetch, write
 from ef_jax.nn.host_param import TRAINABLE, HostParam, HostVariable
@@ -46,7 +47,7 @@ class HostOptimizer(nnx.Module):
         """One step along the gradients that `nnx.grad` gave for `nnx.DiffState(0, wrt)`."""
         self.on_device.update(model, grads)
         params, gradients = self._in_host(model), self._in_host(grads)
-        updated = jax.tree.map(functools.partial(_update, self.tx), params, gradients, nnx.as_pure(self.states))
+        updated = jax.tree.map(functools.partial(update_blocks, self.tx), params, gradients, nnx.as_pure(self.states))
         nnx.update(model, jax.tree.map(lambda _, both: both[0], params, updated))
         nnx.update(self.states, nnx.state(jax.tree.map(lambda _, both: both[1], params, updated)))
 
@@ -71,7 +72,11 @@ def _variable(leaf: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _update(tx: Any, params: jax.Array, gradients: jax.Array, states: Any) -> tuple[jax.Array, Any]:
+def update_blocks(
+    tx: Any, params: Float[Array, "*blocks P F D"], gradients: Float[Array, "*blocks P F D"], states: Any
+) -> tuple[Float[Array, "*blocks P F D"], Any]:
+    """One step of `tx` on every block: parameters and states, which are stacks a block or, per block, scalars."""
+
     def one(place: jax.Array, stacks: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         params, states = stacks
         block = fetch(params, place)

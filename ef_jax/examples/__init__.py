@@ -1,0 +1,1 @@
+"""Programs to read and to change: `python -m ef_jax.examples.fine_tune`."""
