@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench._kernel_cases import Case
-from pallas_kernels import BACKENDS, grouped_ffn
+from pallas_kernels import BACKENDS, from_storage, grouped_ffn
 
 # A contender's program and its arguments, the rows first; NotImplementedError says why there is none.
 Prepared = tuple[Callable[..., jax.Array], Sequence[jax.Array]]
 Prepare = Callable[[Case], Prepared]
 
+_CONTRACT_LAST = (((1,), (1,)), ((), ()))
 _ROWS_OF_REFERENCE = 64
 _OPTIONAL = ("tokamax", "torch")
 
@@ -79,9 +80,13 @@ def _dense_loop(case: Case) -> Prepared:
         results = []
         for expert, gate_up, down in zip(busy, blocks[::2], blocks[1::2], strict=True):
             rows = x[ends[expert] - case.sizes[expert] : ends[expert]]
-            inner = _gated(jnp.matmul(rows, gate_up, preferred_element_type=jnp.float32), case.dtype)
+            projected = jax.lax.dot_general(rows, gate_up, _CONTRACT_LAST, preferred_element_type=jnp.float32)
+            inner = _gated(projected, case.dtype)
             results.append(jnp.matmul(inner, down, preferred_element_type=jnp.float32).astype(case.dtype))
         return jnp.concatenate(results)
 
-    blocks = [part[expert] for expert in busy for part in (case.weights.gate_up, case.weights.down)]
+    blocks = []
+    for expert in busy:
+        block = from_storage(case.weights.pool[expert], case.dtype)
+        blocks += [block[:2].reshape(-1, case.shape.hidden), block[2]]
     return run, (case.x, *blocks)
