@@ -48,7 +48,9 @@ class FineTuned(nnx.Module):
             dtype=spec.dtype,
             rngs=rngs,
         )
-        moe.router = self.decoder.layers[index].router  # one and the same, found under the decoder
+        router = self.decoder.layers[index].router  # one and the same, found under the decoder
+        if router is not None:
+            moe.router = router
         return moe
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
@@ -69,9 +71,11 @@ def load(checkpoint: Checkpoint, *, slots: int) -> FineTuned:
     """The model of a checkpoint; each layer's experts go to host memory in one piece."""
     spec = checkpoint.spec
     model = nnx.eval_shape(lambda: FineTuned(spec, slots=slots, rngs=nnx.Rngs(0)))
-    dense: dict[str, Any] = {}
+    dense: dict[str | int, Any] = {}
+    keys: list[str | int]
     for name, array in checkpoint.dense():
-        *folders, leaf = [int(key) if key.isdigit() else key for key in name.split(".")]
+        keys = [int(key) if key.isdigit() else key for key in name.split(".")]
+        *folders, leaf = keys
         into = dense
         for key in folders:
             into = into.setdefault(key, {})
@@ -108,10 +112,10 @@ def fine_tune(
 
     evaluate = nnx.jit(loss_of)
     in_place = nnx.jit(step, donate_argnums=(0, 1))
-    before = float(evaluate(model, held_out))
+    before = float(evaluate(model, jnp.asarray(held_out)))
     for tokens in train[:steps]:
-        in_place(model, optimizer, tokens)
-    return {"before": before, "after": float(evaluate(model, held_out))}
+        in_place(model, optimizer, jnp.asarray(tokens))
+    return {"before": before, "after": float(evaluate(model, jnp.asarray(held_out)))}
 
 
 def batches(tokens: np.ndarray, *, steps: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
