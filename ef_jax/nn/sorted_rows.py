@@ -22,7 +22,7 @@ def combine(
 ) -> Float[Array, "*rows D"]:
     """The weighted sum of each token's K expert outputs, given in sorted order."""
     unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return weighted_sum(unsorted.reshape(*weights.shape, -1), weights)
+    return weighted_sum(unsorted.reshape(*weights.shape, outputs.shape[-1]), weights)
 
 
 def weighted_sum(outputs: Float[Array, "*rows K D"], weights: Float[Array, "*rows K"]) -> Float[Array, "*rows D"]:
