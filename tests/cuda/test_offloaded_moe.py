@@ -12,7 +12,10 @@ from ef_jax.nn import HostParam, OffloadedMoE, host_optimizer
 from pallas_kernels import target_of
 from tests.cuda import aot
 
-pytestmark = pytest.mark.cuda_compile
+pytestmark = [
+    pytest.mark.cuda_compile,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 E, D, F, TOKENS = 16, 512, 256, 64
 BLOCK = 3 * D * F * 2

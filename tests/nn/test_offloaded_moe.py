@@ -109,8 +109,9 @@ def test_frozen_experts_cost_no_gradients_of_theirs(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(router_only.router.weight[...], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_without_experts_and_empty_calls_are_zeros() -> None:
+def test_tokens_without_experts_and_calls_without_tokens() -> None:
     layer, x = make(), rows(3)
+    assert layer(rows(0)).shape == (0, D)
     ids, weights = layer.router(x)
     some = layer.run(x, ids.at[1].set(-1), weights.at[1].set(0))
     np.testing.assert_array_equal(some[1], 0)
