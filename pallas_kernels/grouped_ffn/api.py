@@ -89,6 +89,8 @@ def grouped_ffn(
     )
     backend = choose_backend(problem, implementation)
     out = jnp.zeros_like(x_sorted) if out is None else jnp.asarray(out)
+    if problem.rows == 0 or problem.groups == 0:
+        return out
     return differentiable_ffn(backend, problem, x_sorted, held, biases, slot_of_group, group_sizes, out)
 
 
@@ -137,6 +139,8 @@ def slot_grouped_matmul(
     )
     backend = choose_backend(problem, implementation)
     out = jnp.zeros((x_sorted.shape[0], width), x_sorted.dtype) if out is None else jnp.asarray(out)
+    if problem.rows == 0 or problem.groups == 0:
+        return out
     return differentiable_matmul(backend, problem, transposed, x_sorted, pool[:, None], slot_of_group, group_sizes, out)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
-from pallas_kernels.grouped_ffn.mosaic_activations import MOSAIC_ACTIVATIONS
+from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.mosaic_items import AlignedItems, aligned_items, tile_height, whole_boxes
 from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, candidates, tiles_for
 from pallas_kernels.grouped_ffn.problem import Problem
@@ -96,11 +96,9 @@ def _ffn(
     out: Float[Array, "M D"],
     problem: Problem,
 ) -> Float[Array, "M D"]:
-    if not slot_of_group.shape[0] or not x.shape[0]:
-        return out
     items = _items(slot_of_group, group_sizes, problem)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
-    act = MOSAIC_ACTIVATIONS[problem.activation or ""]
+    act = KERNEL_ACTIVATIONS[problem.activation or ""]
     gate_up: dict[str, Any] = {"parts": (0, 1), "contract_last": True, "epilogue": act}
     down: dict[str, Any] = {"parts": (2,), "contract_last": False, "epilogue": _unchanged}
     anything = jax.ShapeDtypeStruct((whole_boxes(x.shape[0]), problem.width), x.dtype)
@@ -118,8 +116,6 @@ def _matmul(
     part: int,
     contract_last: bool,
 ) -> Float[Array, "M N"]:
-    if not slot_of_group.shape[0] or not x.shape[0]:
-        return out
     items = _items(slot_of_group, group_sizes, problem)
     plain: dict[str, Any] = {"parts": (part,), "contract_last": contract_last, "epilogue": _unchanged}
     return _multiply("matmul", x, pool, (), items, out, problem, **plain)

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
+from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.problem import Problem
 from pallas_kernels.grouped_ffn.storage import Pool
 from pallas_kernels.grouped_ffn.tiles import Operation
-from pallas_kernels.grouped_ffn.triton_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.triton_tiles import candidates, tile_height, tiles_for
 from pallas_kernels.grouped_ffn.work_items import row_items, work_items
 

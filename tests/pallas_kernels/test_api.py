@@ -70,6 +70,14 @@ def test_a_matrix_that_does_not_fit_is_named() -> None:
     assert slot_grouped_matmul(*arguments, transposed=True).shape == (4, F)
 
 
+@pytest.mark.parametrize(("rows", "groups"), [(0, 2), (4, 0), (0, 0)])
+def test_no_rows_or_no_groups_leave_what_out_holds(rows: int, groups: int) -> None:
+    x, pool, out = np.zeros((rows, D), np.float32), ARGUMENTS["pool"], np.full((rows, D), 7, np.float32)
+    none = np.zeros(groups, np.int32)
+    assert np.array_equal(grouped_ffn(x, pool, none, none, out=out), out)
+    assert slot_grouped_matmul(x, pool[:, 0], none, none, transposed=True).shape == (rows, F)
+
+
 def test_checked_mode_looks_at_arrays_on_the_device() -> None:
     on_device = ARGUMENTS | {"slot_of_group": jnp.int32([0, 99])}
     with pytest.raises(ValueError, match="slot_of_group has 99"):

@@ -20,8 +20,8 @@ from pallas_kernels import (
     to_storage,
 )
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
+from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.tiles import forced_tiles
-from pallas_kernels.grouped_ffn.triton_activations import KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.triton_matmul import _place
 from pallas_kernels.grouped_ffn.triton_tiles import TritonTiles, candidates, heuristic, tile_height
 from tests.pallas_kernels.base import BackendTests, assert_close, ffn_f64, in_f64, spans

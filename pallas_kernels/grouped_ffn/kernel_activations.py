@@ -1,4 +1,7 @@
-"""The activations as Triton kernels compute them: jax lowers no error function there."""
+"""The activations as Pallas kernels compute them.
+
+Jax lowers no error function for Triton or Mosaic and, in 0.10.2, no `jax.nn.relu` for Mosaic.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
@@ -23,4 +26,8 @@ def _gelu(gate: Float32[Array, "*shape"], up: Float32[Array, "*shape"]) -> Float
     return gate * jnp.where(gate < 0, half_tail, 1.0 - half_tail) * up
 
 
-KERNEL_ACTIVATIONS: dict[str, Activation] = ACTIVATIONS | {"gelu": _gelu}
+KERNEL_ACTIVATIONS: dict[str, Activation] = ACTIVATIONS | {
+    "gelu": _gelu,
+    "relu": lambda gate, up: jnp.maximum(gate, 0.0) * up,
+    "relu2": lambda gate, up: jnp.square(jnp.maximum(gate, 0.0)) * up,
+}
