@@ -29,11 +29,7 @@ import numpy as np
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import (
     QUERY_BLOCK,
-    cache_shape,
     combine,
-    dense_shapes,
-    finish_paths,
-    layer_definition,
     merge_top,
     top_definition,
 )
@@ -44,14 +40,12 @@ from ef_jax.runtime.look_ahead import (
     absorb_chunk,
     look_from_layer,
     look_from_token,
-    look_shapes,
-    state_shape,
 )
+from ef_jax.runtime.program_arguments import ProgramArguments
 from ef_jax.runtime.rows import put, take
 from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.spec import ModelSpec
-from pallas_kernels import storage_dtype
 
 Compiled = Callable[..., Any]
 
@@ -63,7 +57,7 @@ _EXECUTABLES: dict[tuple[Any, ...], jax.stages.Compiled] = {}
 _MOST_EXECUTABLES = 256
 
 
-class Programs:
+class Programs(ProgramArguments):
     """Executables of one engine: `rows` sequences of up to `context` tokens, of which a decode step runs `batch`, over
     a pool of `pool_slots` slots.
 
@@ -86,13 +80,10 @@ class Programs:
         rows: int | None = None,
         look_ahead: LookAheadSpec | None = None,
     ) -> None:
-        self.spec, self.batch, self.context, self.pool_slots = spec, batch, context, pool_slots
-        self.rows = batch if rows is None else rows
-        self.kernels, self.look_ahead = kernels, look_ahead
+        super().__init__(spec, batch, batch if rows is None else rows, context, pool_slots, look_ahead, sharding)
+        self.kernels = kernels
         self.chunk_widths = pass_shapes.chunk_widths(min(chunk, context))
         self.spans = pass_shapes.spans(context)
-        self._sharding = sharding
-        self._kinds = [layer.ffn for layer in spec.layers]
         self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
         self._memory: dict[tuple[Any, ...], Any] = {}
@@ -138,10 +129,6 @@ class Programs:
         if until > length and self.pool_slots < self.spec.total_experts:
             wanted.append(self.there)
         _in_parallel(wanted)
-
-    def lanes(self, width: int) -> int:
-        """Sequences of a pass of that width."""
-        return pass_shapes.lanes(width, self.batch)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
@@ -419,78 +406,6 @@ class Programs:
                     _EXECUTABLES.pop(next(iter(_EXECUTABLES)))
             self._compiled[key] = _EXECUTABLES[place]
         return self._compiled[key]
-
-    # Abstract arguments.
-
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
-
-    def _float(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return self._array(shape, jnp.dtype(self.spec.dtype))
-
-    def _device_int(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return self._array(shape, np.int32)
-
-    def _int(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.int32)
-
-    def _dense(self, name: str) -> jax.ShapeDtypeStruct:
-        shape = dense_shapes(self.spec)[name]
-        return self._array(shape.shape, shape.dtype)
-
-    def _leaves(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
-        index = self._kinds.index(kind)
-        return [self._dense(f"layers.{index}.{path}") for path in layer_definition(self.spec, kind)[1]]
-
-    def _finish(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
-        index = self._kinds.index(kind)
-        return [self._dense(f"layers.{index}.{path}") for path in (finish_paths(self.spec) if kind == "moe" else ())]
-
-    def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
-        return [self._dense(path) for path in top_definition(self.spec)[1]]
-
-    def _pool(self) -> jax.ShapeDtypeStruct:
-        return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
-
-    def _layer_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = cache_shape(self.spec, self.rows, self.context)
-        cache = self._array(shape.shape, shape.dtype)
-        return cache, cache, self._device_int()
-
-    def _routed(self, width: int) -> Any:
-        lanes = self.lanes(width)
-        hidden = self._float(lanes, width, self.spec.hidden)
-        chosen = (lanes, width, self.spec.experts.top_k)
-        weights = jnp.dtype(self.spec.dtype if self.spec.router.dtype == "model" else np.float32)
-        return steps.Routed._make((hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights)))
-
-    def _sorted(self, width: int) -> tuple[Any, jax.ShapeDtypeStruct]:
-        rows = self.lanes(width) * width * self.spec.experts.top_k
-        flat = self._float(rows, self.spec.hidden)
-        sizes = self._device_int(self.spec.experts.count)
-        return steps.SortedRows._make((flat, self._device_int(rows), sizes)), flat
-
-    def _carried(self, width: int, kind: steps.FFNKind) -> Any:
-        if kind == "dense":
-            return self._float(self.lanes(width), width, self.spec.hidden)
-        if width == 1:
-            outputs = self._float(self.batch * self.spec.experts.top_k, self.spec.hidden)
-            return self._routed(1), self._pool(), self._int(self.spec.experts.count), outputs
-        rows, outputs = self._sorted(width)
-        return self._routed(width), rows.order, outputs
-
-    def _look(self, width: int, kind: steps.FFNKind) -> tuple[Any, Any]:
-        """Arguments "look" and "state" of a program that ends in a layer of this kind."""
-        if self.look_ahead is None or width > 1 or kind == "dense":
-            return None, None
-        state = None
-        if self.look_ahead.correction is not None:
-            shape = state_shape(self.look_ahead.correction, self.rows)
-            state = self._array(shape.shape, shape.dtype)
-        return look_shapes(self.spec, self.look_ahead, self._sharding), state
-
-    def _seen(self) -> jax.ShapeDtypeStruct:
-        return self._array((self.rows, self.spec.vocab), np.bool_)
 
 
 def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:
