@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU unless a GPU run is asked for, no network, types and shapes checked at run time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: run with EF_JAX_TEST_GPU=1 where jax sees one")
     if item.get_closest_marker("cuda_compile") and (reason := aot.missing()):
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_of_other_files() -> None:
+    """Engines of files before this one are in cycles, and their arrays would count among those of its own."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

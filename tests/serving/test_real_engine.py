@@ -50,6 +50,7 @@ def alone(lm: ef_jax.LanguageModel, requests: list[Any]) -> list[tuple[list[int]
 @pytest.fixture(scope="module")
 def start(lm: ef_jax.LanguageModel, alone: Any) -> tuple[int, int]:
     """Programs and bytes before all tests."""
+    gc.collect()
     return programs(lm), live_bytes()
 
 
