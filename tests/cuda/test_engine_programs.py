@@ -48,6 +48,12 @@ QWEN2_LIKE = dataclasses.replace(
 SLOTS = 512
 
 
+@pytest.fixture(scope="module", autouse=True)
+def the_assembler_is_found() -> None:
+    """XLA looks for ptxas at its first compilation; once in many, threads that all did so could not launch it."""
+    aot.compile_for_h100(jax.numpy.negative, aot.abstract((8,), np.float32))
+
+
 def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     layers, experts = len(spec.moe_layers), spec.experts
     sizes = {"layers": layers, "experts": experts.count, "top_k": experts.top_k, "vocab": spec.vocab}
