@@ -14,5 +14,6 @@ from pallas_kernels.grouped_ffn.storage import from_storage as from_storage
 from pallas_kernels.grouped_ffn.storage import storage_dtype as storage_dtype
 from pallas_kernels.grouped_ffn.storage import to_storage as to_storage
 from pallas_kernels.grouped_ffn.target import Target as Target
+from pallas_kernels.grouped_ffn.target import default_device as default_device
 from pallas_kernels.grouped_ffn.target import default_target as default_target
 from pallas_kernels.grouped_ffn.target import target_of as target_of

@@ -32,7 +32,7 @@ hypothesis.settings.register_profile("suite", deadline=None, database=None, dera
 hypothesis.settings.load_profile("suite")
 
 _ROOT = Path(__file__).parent.parent
-_MOST_WORKERS = 4  # of 1 to 2 GB each
+_MOST_WORKERS = 4  # of up to 5 GB each
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from pallas_kernels import default_device
+
 _Value = TypeVar("_Value")
 
 
@@ -26,7 +28,7 @@ TRAINABLE = nnx.Any(nnx.Param, HostParam)
 
 def host_sharding(device: jax.Device | None = None) -> jax.sharding.SingleDeviceSharding:
     """Pinned host memory of a device; of jax's default device where None."""
-    return jax.sharding.SingleDeviceSharding(device or _default_device(), memory_kind="pinned_host")
+    return jax.sharding.SingleDeviceSharding(device or default_device(), memory_kind="pinned_host")
 
 
 def restore_target(model: Any, device: jax.Device | None = None) -> Any:
@@ -44,7 +46,7 @@ def restore_target(model: Any, device: jax.Device | None = None) -> Any:
     Returns:
       Nested dicts of `jax.ShapeDtypeStruct`: `HostVariable`s in pinned host memory, everything else on the device.
     """
-    on_device = jax.sharding.SingleDeviceSharding(device or _default_device())
+    on_device = jax.sharding.SingleDeviceSharding(device or default_device())
     in_host = host_sharding(device)
     state = model if isinstance(model, nnx.State) else nnx.state(model)
 
@@ -74,8 +76,3 @@ def restore(model: Any, arrays: Any) -> None:
 def in_host_memory(array: jax.Array) -> bool:
     """Whether programs take the array, or what is traced as it, as one in host memory."""
     return jax.typeof(array).memory_space == jax.memory.Space.Host
-
-
-def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return device if isinstance(device, jax.Device) else jax.devices()[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.grouped_ffn.mosaic_items import tile_height
 from pallas_kernels.grouped_ffn.problem import Problem
-from pallas_kernels.grouped_ffn.tiles import Operation, Tiles, find_tiles
+from pallas_kernels.grouped_ffn.tiles import Operation, Tiles, settle_tiles
 
 # Of an H100, as a block may have it at most; less what Mosaic keeps for barriers and its own scratch.
 SHARED_MEMORY = 232_448 - 3_072
@@ -54,13 +54,7 @@ def tiles_for(operation: Operation, problem: Problem) -> MosaicTiles:
     Raises:
       ValueError: the data file's tiles are none of Mosaic's.
     """
-    measured = find_tiles("mosaic", operation, problem)
-    if measured is None:
-        return heuristic(operation, problem)
-    try:
-        return MosaicTiles(**measured)
-    except TypeError:
-        raise ValueError(f"tiles {dict(measured)} of {operation} are not those of the mosaic backend") from None
+    return settle_tiles("mosaic", operation, problem, MosaicTiles, heuristic)
 
 
 def heuristic(operation: Operation, problem: Problem) -> MosaicTiles:

@@ -43,7 +43,12 @@ def target_of(device: jax.Device) -> Target:
     )
 
 
-def default_target() -> Target:
-    """The target of the device that jax computes on by default."""
+def default_device() -> jax.Device:
+    """The device that jax computes on by default."""
     device = jax.config.values["jax_default_device"]
-    return target_of(device if isinstance(device, jax.Device) else jax.devices()[0])
+    return device if isinstance(device, jax.Device) else jax.devices()[0]
+
+
+def default_target() -> Target:
+    """The target that jax's default device is."""
+    return target_of(default_device())

@@ -14,14 +14,15 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pallas_kernels.grouped_ffn.problem import Problem
 
 Operation = Literal["gate_up", "down", "matmul", "outer"]
 Tiles = Mapping[str, int]
+_T = TypeVar("_T")
 
 DIRECTORY = Path(__file__).parent / "tuned"
 VARIABLE = "EF_JAX_TUNED"
@@ -45,6 +46,23 @@ def find_tiles(backend: str, operation: Operation, problem: Problem) -> Tiles | 
         if entry is not None:
             return entry["tiles"]
     return None
+
+
+def settle_tiles(
+    backend: str, operation: Operation, problem: Problem, kind: type[_T], rule: Callable[[Operation, Problem], _T]
+) -> _T:
+    """The measured tiles of an operation as the backend's own `kind`, or those of its `rule`.
+
+    Raises:
+      ValueError: a data file cannot be read, or its tiles are none of this backend's.
+    """
+    measured = find_tiles(backend, operation, problem)
+    if measured is None:
+        return rule(operation, problem)
+    try:
+        return kind(**measured)
+    except TypeError:
+        raise ValueError(f"tiles {dict(measured)} of {operation} are not those of the {backend} backend") from None
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pallas_kernels.grouped_ffn.problem import Problem
-from pallas_kernels.grouped_ffn.tiles import Operation, Tiles, find_tiles
+from pallas_kernels.grouped_ffn.tiles import Operation, Tiles, settle_tiles
 
 # A tile of no more rows waits for the weights it reads; a higher one, for its multiplications.
 FEW_ROWS = 32
@@ -52,13 +52,7 @@ def tiles_for(operation: Operation, problem: Problem) -> TritonTiles:
     Raises:
       ValueError: the data file's tiles are none of Triton's.
     """
-    measured = find_tiles("triton", operation, problem)
-    if measured is None:
-        return heuristic(operation, problem)
-    try:
-        return TritonTiles(**measured)
-    except TypeError:
-        raise ValueError(f"tiles {dict(measured)} of {operation} are not those of the triton backend") from None
+    return settle_tiles("triton", operation, problem, TritonTiles, heuristic)
 
 
 def heuristic(operation: Operation, problem: Problem) -> TritonTiles:
