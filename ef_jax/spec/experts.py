@@ -1,0 +1,43 @@
+"""The experts of an MoE layer, routed and shared."""
+
+import dataclasses
+from typing import Literal
+
+from ef_jax.spec._check import require
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSpec:
+    """The routed experts of one MoE layer: E of them, K a token, width F. One expert block is `[3, F, D]`.
+
+    Attributes:
+      bias: the projections have biases.
+      scale_input: the router's weight scales an expert's input, not its output (Llama 4).
+      quantization: how the checkpoint stores the blocks, and so the host and the slots; None: in the model's dtype.
+    """
+
+    count: int
+    top_k: int
+    width: int
+    activation: Activation = "silu"
+    bias: bool = False
+    scale_input: bool = False
+    quantization: Literal["mxfp4"] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.count > 0, f"experts must be positive, got {self.count}")
+        require(self.width > 0, f"expert width must be positive, got {self.width}")
+        require(0 < self.top_k <= self.count, f"top-k must be between 1 and {self.count} experts, got {self.top_k}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SharedExpertSpec:
+    """An expert that every token passes through; `gated`: its output is scaled by a sigmoid gate (Qwen2-MoE)."""
+
+    width: int
+    gated: bool
+
+    def __post_init__(self) -> None:
+        require(self.width > 0, f"shared expert width must be positive, got {self.width}")
