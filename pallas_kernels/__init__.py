@@ -1,6 +1,7 @@
 """Grouped expert matmuls that read weights in place from a slot pool."""
 
 from pallas_kernels.grouped_ffn.activations import ACTIVATIONS as ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import UNGATED_ACTIVATIONS as UNGATED_ACTIVATIONS
 from pallas_kernels.grouped_ffn.api import grouped_ffn as grouped_ffn
 from pallas_kernels.grouped_ffn.api import slot_grouped_matmul as slot_grouped_matmul
 from pallas_kernels.grouped_ffn.backends import BACKENDS as BACKENDS

@@ -1,17 +1,21 @@
-"""What a gated network makes of its two projections, by name, in the accumulator's precision."""
+"""What a network makes of its projections, by name, in the accumulator's precision."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-Activation = Callable[[jax.Array, jax.Array], jax.Array]
+from pallas_kernels.grouped_ffn.problem import Problem
+
+Activation = Callable[..., jax.Array]
+"""Of the gate's and the up projection; of blocks without a gate, of the up projection alone."""
 
 CLAMP_LIMIT = 7.0
 SWISH_SLOPE = 1.702
 
 
-def _gated(act: Callable[[jax.Array], jax.Array]) -> Activation:
+def gated(act: Activation) -> Activation:
+    """`act(gate) * up`."""
     return lambda gate, up: act(gate) * up
 
 
@@ -23,11 +27,20 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 # Plain jax.numpy on arrays of any shape: the Pallas backends call these inside their kernels.
+UNGATED_ACTIVATIONS: dict[str, Activation] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": _gated(jax.nn.silu),
-    "gelu": _gated(lambda x: jax.nn.gelu(x, approximate=False)),
-    "gelu_tanh": _gated(lambda x: jax.nn.gelu(x, approximate=True)),
-    "relu": _gated(jax.nn.relu),
-    "relu2": _gated(lambda x: jnp.square(jax.nn.relu(x))),
+    **{name: gated(act) for name, act in UNGATED_ACTIVATIONS.items()},
     "clamped_swiglu": clamped_swiglu,
 }
+
+
+def activation_of(problem: Problem) -> Activation:
+    """The activation of a problem that has one."""
+    return (ACTIVATIONS if problem.gated else UNGATED_ACTIVATIONS)[problem.activation or ""]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
 from pallas_kernels.grouped_ffn.backends import choose_backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.checks import check_groups, check_pool
@@ -30,6 +30,8 @@ def grouped_ffn(
 ) -> Float[Array, "M D"]:
     """`down(act(gate(x), up(x)))` of each row with its group's expert block, read in place from the pool.
 
+    Blocks of two parts have no gate: `down(act(up(x)))`.
+
     Rows are sorted by group: the first `group_sizes[0]` belong to group 0, and so on. A row's result depends on the
     row, its block and its rank within its group only, not on other rows or on which groups are skipped. Differentiable
     once, in reverse mode, by x, a pool of floats, biases and out.
@@ -37,12 +39,12 @@ def grouped_ffn(
     Args:
       x_sorted: rows, bfloat16, float16 or float32.
       pool: `[S, 3, F, D]` expert blocks (gate, up, transposed down), of x's dtype or its bits (`storage_dtype`), or
-        quantized.
+        quantized; or `[S, 2, F, D]` (up, transposed down), without biases.
       slot_of_group: `[G]`, slot of each group's block; -1 skips the group.
       group_sizes: `[G]`, rows of each group; they sum to at most M. None: M groups of one row each, which saves the
         sums over groups.
       biases: of the experts, one row a slot; None where they have none.
-      activation: a key of `ACTIVATIONS`.
+      activation: a key of `ACTIVATIONS`; without a gate, of `UNGATED_ACTIVATIONS`.
       tile_rows: height of a tile; part of the result's rounding, so keep it fixed. None: what fits M / G rows.
       out: what rows of skipped groups, and rows past the last group, hold afterwards; zeros where None.
       implementation: a backend's name, or None for the first that can run this.
@@ -63,10 +65,15 @@ def grouped_ffn(
     held = pool if isinstance(pool, QuantizedPool) else jnp.asarray(pool)
     check_pool(held, x_sorted.dtype)
     slots, parts, width, hidden = held.shape
-    if parts != 3 or hidden != x_sorted.shape[1]:
-        raise ValueError(f"pool must be [S, 3, F, {x_sorted.shape[1]}], got {held.shape}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if parts not in (2, 3) or hidden != x_sorted.shape[1]:
+        raise ValueError(
+            f"pool must be [S, 3, F, {x_sorted.shape[1]}], or [S, 2, ...] without a gate, got {held.shape}"
+        )
+    known = ACTIVATIONS if parts == 3 else UNGATED_ACTIVATIONS
+    if activation not in known:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(known)}")
+    if biases is not None and parts == 2:
+        raise ValueError(f"blocks without a gate take no biases, the pool is {held.shape}")
     for name, bias, shape in (
         ()
         if biases is None
@@ -83,6 +90,7 @@ def grouped_ffn(
         dtype=np.dtype(x_sorted.dtype),
         storage=held.format if isinstance(held, QuantizedPool) else "dense",
         activation=activation,
+        gated=parts == 3,
         biased=biases is not None,
         tile_rows=_tile_rows(tile_rows, x_sorted.shape[0], slot_of_group.shape[0]),
         target=target or default_target(),

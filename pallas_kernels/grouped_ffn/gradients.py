@@ -7,13 +7,14 @@ activations are; sums are float32.
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import activation_of
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.backends import choose_backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
@@ -21,8 +22,6 @@ from pallas_kernels.grouped_ffn.problem import Problem
 from pallas_kernels.grouped_ffn.quantized import QuantizedPool
 from pallas_kernels.grouped_ffn.storage import Pool
 from pallas_kernels.grouped_ffn.work_items import slot_of_row
-
-_GATE, _UP, _DOWN = range(3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -60,24 +59,21 @@ def _ffn_backward(backend: Backend, problem: Problem, kept: tuple, dy: Float[Arr
         wanted = inward if contract_last else outward
         return _product(backend, wanted, of, pool, slot_of_group, group_sizes, part, contract_last=contract_last)
 
-    def activated(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return ACTIVATIONS[problem.activation or ""](gate, up)
-
     with jax.named_scope("grouped_ffn_gradients"):
-        gate, up = times(_GATE, x, contract_last=True), times(_UP, x, contract_last=True)
+        projected = [times(part, x, contract_last=True) for part in range(problem.down_part)]
         if biases is not None:
-            gate, up = (
+            projected = [
                 of + jnp.where(valid, bias[slots].astype(jnp.float32), 0.0)
-                for of, bias in ((gate, biases.gate), (up, biases.up))
-            )
-        inner, pull = jax.vjp(activated, gate, up)
-        dgate, dup = pull(times(_DOWN, dy, contract_last=True))
-        dgate_rounded, dup_rounded = dgate.astype(x.dtype), dup.astype(x.dtype)
-        dx = times(_GATE, dgate_rounded, contract_last=False) + times(_UP, dup_rounded, contract_last=False)
+                for of, bias in zip(projected, biases[:2], strict=True)
+            ]
+        inner, pull = jax.vjp(activation_of(problem), *projected)
+        dprojected = pull(times(problem.down_part, dy, contract_last=True))
+        rounded = [each.astype(x.dtype) for each in dprojected]
+        dx = functools.reduce(operator.add, (times(part, of, contract_last=False) for part, of in enumerate(rounded)))
         dpool = None
         if not isinstance(pool, QuantizedPool) and jnp.issubdtype(pool.dtype, jnp.floating):
             sums = functools.partial(_sums, backend, inward, slot_of_group, group_sizes)
-            pairs = ((dgate_rounded, x), (dup_rounded, x), (inner.astype(x.dtype), dy))
+            pairs = (*((each, x) for each in rounded), (inner.astype(x.dtype), dy))
             dpool = jnp.zeros(pool.shape, pool.dtype)
             for part, (a, b) in enumerate(pairs):
                 a, dpool = jax.lax.optimization_barrier((a, dpool))  # one part's float32 sums at a time
@@ -85,7 +81,7 @@ def _ffn_backward(backend: Backend, problem: Problem, kept: tuple, dy: Float[Arr
         dbiases = None
         if biases is not None:
             sums_of_rows = functools.partial(_sums_of_rows, slots, problem.slots)
-            dbiases = ExpertBiases(*map(sums_of_rows, (dgate, dup, dy), biases))
+            dbiases = ExpertBiases(*map(sums_of_rows, (*dprojected, dy), biases))
         return dx.astype(x.dtype), dpool, dbiases, None, None, jnp.where(valid, jnp.zeros_like(dy), dy)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
-from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
+from pallas_kernels.grouped_ffn.kernel_activations import kernel_activation
 from pallas_kernels.grouped_ffn.mosaic_items import AlignedItems, aligned_items, tile_height, whole_boxes
 from pallas_kernels.grouped_ffn.mosaic_tiles import CHUNK_COLUMNS, candidates, tiles_for
 from pallas_kernels.grouped_ffn.problem import Problem
@@ -98,11 +98,12 @@ def _ffn(
 ) -> Float[Array, "M D"]:
     items = _items(slot_of_group, group_sizes, problem)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
-    act = KERNEL_ACTIVATIONS[problem.activation or ""]
-    gate_up: dict[str, Any] = {"parts": (0, 1), "contract_last": True, "epilogue": act}
-    down: dict[str, Any] = {"parts": (2,), "contract_last": False, "epilogue": _unchanged}
+    act, last = kernel_activation(problem), problem.down_part
+    inward: dict[str, Any] = {"parts": tuple(range(last)), "contract_last": True, "epilogue": act}
+    down: dict[str, Any] = {"parts": (last,), "contract_last": False, "epilogue": _unchanged}
+    operation: Operation = "gate_up" if problem.gated else "matmul"
     anything = jax.ShapeDtypeStruct((whole_boxes(x.shape[0]), problem.width), x.dtype)
-    inner = _multiply("gate_up", x, pool, inner_biases, items, anything, problem, **gate_up)
+    inner = _multiply(operation, x, pool, inner_biases, items, anything, problem, **inward)
     return _multiply("down", inner, pool, down_bias, items, out, problem, **down)
 
 

@@ -24,6 +24,7 @@ class Problem:
       dtype: of the rows.
       storage: "dense", or the format of a `QuantizedPool`.
       activation: a key of `ACTIVATIONS`; None for a plain matmul.
+      gated: whether blocks are gate, up and transposed down, else up and transposed down.
       biased: whether the experts have biases.
       tile_rows: fixed height of a tile. A row's result depends on it, not on M.
       target: what to build for.
@@ -37,9 +38,15 @@ class Problem:
     dtype: np.dtype
     storage: Storage = "dense"
     activation: str | None = None
+    gated: bool = True
     biased: bool = False
     tile_rows: int = 8
     target: Target
+
+    @property
+    def down_part(self) -> int:
+        """Of a block; those before it are projections to F."""
+        return 2 if self.gated else 1
 
     def __str__(self) -> str:
         return (

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import activation_of
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.problem import Problem
@@ -23,17 +23,16 @@ def _ffn(
     out: Float[Array, "M D"],
     problem: Problem,
 ) -> Float[Array, "M D"]:
-    act = ACTIVATIONS[problem.activation or ""]
+    act = activation_of(problem)
 
     def one_row(slot: jax.Array, row: jax.Array, before: jax.Array) -> jax.Array:
         at = jnp.maximum(slot, 0)
         block = weights_of_slot(pool, at, row.dtype).astype(jnp.float32)
         wide = row.astype(jnp.float32)
-        gate = jnp.dot(block[0], wide, precision=_HIGHEST)
-        up = jnp.dot(block[1], wide, precision=_HIGHEST)
+        projected = [jnp.dot(block[part], wide, precision=_HIGHEST) for part in range(problem.down_part)]
         if biases is not None:
-            gate, up = gate + biases.gate[at].astype(jnp.float32), up + biases.up[at].astype(jnp.float32)
-        y = jnp.dot(act(gate, up), block[2], precision=_HIGHEST)
+            projected = [of + bias[at].astype(jnp.float32) for of, bias in zip(projected, biases[:2], strict=True)]
+        y = jnp.dot(act(*projected), block[problem.down_part], precision=_HIGHEST)
         if biases is not None:
             y = y + biases.down[at].astype(jnp.float32)
         return jnp.where(slot >= 0, y.astype(row.dtype), before)

@@ -17,9 +17,11 @@ Pool = Shaped[Array, "S _ _ _"] | QuantizedPool
 
 
 def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """Dtype that a block of `dtype` weights has in host store and slot pool: `uint16` for 16-bit floats."""
+    """Dtype that arrays of `dtype` have in host store and slot pool: `uint16` for 16-bit floats, `uint8` for 8-bit."""
     dtype = jnp.dtype(dtype)
-    return np.dtype(np.uint16) if dtype.itemsize == 2 else np.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 2:
+        return np.dtype(dtype)
+    return np.dtype(f"uint{8 * dtype.itemsize}")
 
 
 def to_storage(values: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

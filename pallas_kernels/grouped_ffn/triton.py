@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
-from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
+from pallas_kernels.grouped_ffn.kernel_activations import kernel_activation
 from pallas_kernels.grouped_ffn.problem import Problem
 from pallas_kernels.grouped_ffn.storage import Pool
 from pallas_kernels.grouped_ffn.tiles import Operation
@@ -90,11 +90,12 @@ def _ffn(
         return out
     table = _tile_table(slot_of_group, group_sizes, x.shape[0], problem.tile_rows)
     inner_biases, down_bias = ((), ()) if biases is None else ((biases.gate, biases.up), (biases.down,))
-    act = KERNEL_ACTIVATIONS[problem.activation or ""]
-    gate_up = {"parts": (0, 1), "contract_last": True, "combine": act}
+    down = problem.down_part
+    inward = {"parts": tuple(range(down)), "contract_last": True, "combine": kernel_activation(problem)}
     anything = jax.ShapeDtypeStruct((x.shape[0], problem.width), x.dtype)
-    inner = _multiply("gate_up", x, pool, inner_biases, table, anything, problem, **gate_up)
-    return _multiply("down", inner, pool, down_bias, table, out, problem, parts=(2,), contract_last=False)
+    operation: Operation = "gate_up" if problem.gated else "matmul"
+    inner = _multiply(operation, x, pool, inner_biases, table, anything, problem, **inward)
+    return _multiply("down", inner, pool, down_bias, table, out, problem, parts=(down,), contract_last=False)
 
 
 def _matmul(

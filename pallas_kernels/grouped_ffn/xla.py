@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import activation_of
 from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.problem import Problem, fitting_tile_rows
@@ -43,7 +43,7 @@ def _parts(problem: Problem) -> int:
     """
     if problem.target.platform != "cpu" or problem.storage != "dense":
         return 1
-    block_bytes = 3 * problem.width * problem.contract * problem.dtype.itemsize
+    block_bytes = (problem.down_part + 1) * problem.width * problem.contract * problem.dtype.itemsize
     least = -(-block_bytes // PART_BYTES)
     return next((parts for parts in range(least, 4 * least) if problem.width % parts == 0), 1)
 
@@ -58,19 +58,19 @@ def _ffn(
     problem: Problem,
 ) -> Float[Array, "M D"]:
     hidden, dtype, tile_rows, parts = x.shape[1], x.dtype, problem.tile_rows, _parts(problem)
-    width = problem.width // parts
-    act = ACTIVATIONS[problem.activation or ""]
+    width, projections = problem.width // parts, problem.down_part
+    act = activation_of(problem)
     rows_bits = to_storage(jnp.pad(x, ((0, tile_rows), (0, 0))))
     stored = pool if isinstance(pool, QuantizedPool) else to_storage(pool)
 
     def load(slot: jax.Array, part: jax.Array | int) -> tuple[jax.Array, jax.Array, ExpertBiases | None]:
         if isinstance(stored, QuantizedPool):
             weights = weights_of_slot(stored, slot, dtype).astype(dtype)
-            gate_up, down = weights[:2], weights[2]
+            inward, down = weights[:2], weights[2]
         else:
-            gate_up = jax.lax.dynamic_slice(stored, (slot, 0, part * width, 0), (1, 2, width, hidden))
-            down = jax.lax.dynamic_slice(stored, (slot, 2, part * width, 0), (1, 1, width, hidden))
-        gate_up, down = from_storage(gate_up, dtype), from_storage(down, dtype)
+            inward = jax.lax.dynamic_slice(stored, (slot, 0, part * width, 0), (1, projections, width, hidden))
+            down = jax.lax.dynamic_slice(stored, (slot, projections, part * width, 0), (1, 1, width, hidden))
+        inward, down = from_storage(inward, dtype), from_storage(down, dtype)
         of_slot = None
         if biases is not None:
             gate, up = (
@@ -78,7 +78,7 @@ def _ffn(
             )
             last = jax.lax.dynamic_index_in_dim(biases.down, slot, 0).astype(jnp.float32)
             of_slot = ExpertBiases(gate, up, jnp.where(part == 0, last, 0.0))
-        return gate_up.reshape(2 * width, hidden), down.reshape(width, hidden), of_slot
+        return inward.reshape(projections * width, hidden), down.reshape(width, hidden), of_slot
 
     def tile(
         weights: tuple[jax.Array, jax.Array, ExpertBiases | None],
@@ -87,13 +87,13 @@ def _ffn(
         rows: jax.Array,
         sums: jax.Array,
     ) -> jax.Array:
-        gate_up, down, of_slot = weights
+        inward, down, of_slot = weights
         tile_x = from_storage(jax.lax.dynamic_slice_in_dim(rows_bits, row, tile_rows, 0), dtype)
-        projected = _dot(tile_x, gate_up, _LAST)
-        gate, up = projected[:, :width], projected[:, width:]
+        projected = _dot(tile_x, inward, _LAST)
+        inner = [projected[:, number * width : (number + 1) * width] for number in range(projections)]
         if of_slot is not None:
-            gate, up = gate + of_slot.gate, up + of_slot.up
-        y = _dot(act(gate, up).astype(dtype), down, _FIRST)
+            inner = [of + bias for of, bias in zip(inner, of_slot[:2], strict=True)]
+        y = _dot(act(*inner).astype(dtype), down, _FIRST)
         if of_slot is not None:
             y = y + of_slot.down
         return _added(sums, y, row, rows, fresh=part == 0)

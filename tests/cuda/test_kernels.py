@@ -42,7 +42,7 @@ class Regime(NamedTuple):
 REGIMES = {"decode": Regime(64, 2048, 1024, 64, 8), "prompt": Regime(8192, 2048, 1024, 64, 128)}
 
 
-def problem(regime: Regime, dtype: str, storage: Any = "dense", *, biased: bool = False) -> Problem:
+def problem(regime: Regime, dtype: str, storage: Any = "dense", *, biased: bool = False, gated: bool = True) -> Problem:
     return Problem(
         rows=regime.rows,
         groups=regime.experts,
@@ -52,15 +52,16 @@ def problem(regime: Regime, dtype: str, storage: Any = "dense", *, biased: bool 
         dtype=np.dtype(jnp.dtype(dtype)),
         storage=storage,
         activation="clamped_swiglu" if biased else "silu",
+        gated=gated,
         biased=biased,
         tile_rows=regime.tile_rows,
         target=target_of(aot.h100()),
     )
 
 
-def arguments(regime: Regime, dtype: str, storage: Any = "dense") -> tuple[Any, ...]:
+def arguments(regime: Regime, dtype: str, storage: Any = "dense", *, gated: bool = True) -> tuple[Any, ...]:
     """Rows, pool, slots, sizes and `out`."""
-    shape = (regime.experts, 3, regime.width, regime.hidden)
+    shape = (regime.experts, 3 if gated else 2, regime.width, regime.hidden)
     if storage == "dense":
         pool = aot.abstract(shape, storage_dtype(dtype))
     else:
@@ -71,8 +72,10 @@ def arguments(regime: Regime, dtype: str, storage: Any = "dense") -> tuple[Any, 
     return rows, pool, ids, ids, rows
 
 
-def check(name: str, regime: Regime, dtype: str, storage: Any = "dense", *, biased: bool = False) -> None:
-    if reason := BACKENDS[name].refuses(problem(regime, dtype, storage, biased=biased)):
+def check(
+    name: str, regime: Regime, dtype: str, storage: Any = "dense", *, biased: bool = False, gated: bool = True
+) -> None:
+    if reason := BACKENDS[name].refuses(problem(regime, dtype, storage, biased=biased, gated=gated)):
         pytest.skip(f"{name}: {reason}")
     options = {"tile_rows": regime.tile_rows, "implementation": name, "target": target_of(aot.h100())}
 
@@ -84,7 +87,7 @@ def check(name: str, regime: Regime, dtype: str, storage: Any = "dense", *, bias
     if biased:
         each = (regime.width, regime.width, regime.hidden)
         biases = ExpertBiases(*(aot.abstract((regime.experts, size), dtype) for size in each))
-    given = arguments(regime, dtype, storage)
+    given = arguments(regime, dtype, storage, gated=gated)
     compiled, kernels = resources.compile_and_look(run, *given, biases, donate_argnums=4)
     for kernel in kernels:
         kernel.check()
@@ -117,6 +120,12 @@ def test_quantized_blocks_compile(name: str, storage: str, regime: str) -> None:
 def test_an_uneven_shape_with_biases_compiles(name: str) -> None:
     """gpt-oss's 2,880 columns are no multiple of 128."""
     check(name, Regime(128, 2880, 2880, 32, 8), "bfloat16", biased=True)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", [name for name in OURS if name in BACKENDS])
+def test_blocks_without_a_gate_compile(name: str, regime: str) -> None:
+    check(name, REGIMES[regime], "bfloat16", gated=False)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

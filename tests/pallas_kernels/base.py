@@ -17,6 +17,7 @@ import pytest
 
 from pallas_kernels import (
     BACKENDS,
+    UNGATED_ACTIVATIONS,
     ExpertBiases,
     Problem,
     Target,
@@ -62,10 +63,13 @@ def ffn_f64(
     """`grouped_ffn` in f64; rows of no group are zero."""
     y = np.zeros_like(x)
     for slot, rows in spans(slots, sizes):
-        gate, up = x[rows] @ weights[slot, 0].T, x[rows] @ weights[slot, 1].T
+        *into, down = weights[slot]
+        projected = [x[rows] @ part.T for part in into]
         if biases is not None:
-            gate, up = gate + in_f64(biases.gate[slot]), up + in_f64(biases.up[slot])
-        y[rows] = ACTIVATIONS_F64[activation](gate, up) @ weights[slot, 2]
+            projected = [of + in_f64(bias[slot]) for of, bias in zip(projected, biases[:2], strict=True)]
+        # An activation of one projection is that of a gate whose up projection is one.
+        gate, up = projected if len(projected) == 2 else (*projected, np.float64(1))
+        y[rows] = ACTIVATIONS_F64[activation](gate, up) @ down
         if biases is not None:
             y[rows] += in_f64(biases.down[slot])
     return y
@@ -154,6 +158,14 @@ class BackendTests:
         y = self.run(x, to_storage(pool), slots, sizes, biases=biases, activation="clamped_swiglu")
         expected = ffn_f64(in_f64(x), in_f64(pool), slots, sizes, "clamped_swiglu", biases)
         assert_close(y, expected, ERROR[dtype])
+
+    @pytest.mark.parametrize("activation", [*UNGATED_ACTIVATIONS])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_blocks_without_a_gate(self, dtype: str, activation: str) -> None:
+        x, pool = self.random((20, self.hidden), dtype, 3), self.pool(dtype)[:, :2]
+        slots, sizes = np.int32([4, 9, -1, 0]), np.int32([7, 1, 3, 9])
+        y = self.run(x, to_storage(pool), slots, sizes, activation=activation)
+        assert_close(y, ffn_f64(in_f64(x), in_f64(pool), slots, sizes, activation), ERROR[dtype])
 
     @pytest.mark.parametrize("format", ["int8", "int4", "mxfp4"])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -41,8 +41,16 @@ def problem(target: Target) -> Problem:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pool": np.zeros((S, 2, F, D), np.float32)}, r"pool must be \[S, 3, F, 32\]"),
-        ({"pool": np.zeros((S, 3, F, 8), np.float32)}, r"pool must be \[S, 3, F, 32\], got \(12, 3, 16, 8\)"),
+        ({"pool": np.zeros((S, 4, F, D), np.float32)}, r"pool must be \[S, 3, F, 32\]"),
+        (
+            {"pool": np.zeros((S, 2, F, D), np.float32), "activation": "clamped_swiglu"},
+            "activation 'clamped_swiglu' is not one of silu, gelu, gelu_tanh, relu, relu2$",
+        ),
+        (
+            {"pool": np.zeros((S, 2, F, D), np.float32), "biases": ExpertBiases(*[np.zeros((S, F), np.float32)] * 3)},
+            r"blocks without a gate take no biases, the pool is \(12, 2, 16, 32\)",
+        ),
+        ({"pool": np.zeros((S, 3, F, 8), np.float32)}, r"pool must be \[S, 3, F, 32\], .* got \(12, 3, 16, 8\)"),
         ({"pool": np.zeros((S, 3, F, D), np.uint16)}, "does not hold weights for rows of float32"),
         ({"slot_of_group": np.int32([1])}, "must be equal"),
         ({"slot_of_group": np.int32([0, 12])}, "slot_of_group has 12, the pool has slots 0 to 11"),

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from pallas_kernels import (
     ACTIVATIONS,
+    UNGATED_ACTIVATIONS,
     ExpertBiases,
     dequantize,
     grouped_ffn,
@@ -36,10 +37,12 @@ def dense_ffn(
     """The same rows by einsums over gathered weights, for jax to differentiate, in float32."""
     x, weights, slots = x.astype(jnp.float32), pool[SLOT_OF_ROW].astype(jnp.float32), SLOT_OF_ROW
     with jax.default_matmul_precision("highest"):
-        gate, up = (jnp.einsum("md,mfd->mf", x, weights[:, part]) for part in (0, 1))
+        last = weights.shape[1] - 1
+        projected = [jnp.einsum("md,mfd->mf", x, weights[:, part]) for part in range(last)]
         if biases is not None:
-            gate, up = gate + biases.gate[slots], up + biases.up[slots]
-        y = jnp.einsum("mf,mfd->md", ACTIVATIONS[activation](gate, up), weights[:, 2])
+            projected = [of + bias[slots] for of, bias in zip(projected, biases[:2], strict=True)]
+        act = (ACTIVATIONS if last == 2 else UNGATED_ACTIVATIONS)[activation]
+        y = jnp.einsum("mf,mfd->md", act(*projected), weights[:, last])
     if biases is not None:
         y = y + biases.down[slots]
     return jnp.where(slots[:, None] >= 0, y, out.astype(jnp.float32))
@@ -74,6 +77,17 @@ def test_equal_those_of_the_dense_layer(backend: str, activation: str, biased: b
     for ours_one, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_close(ours_one, in_f64(theirs), 1e-5)
     assert (got[1][np.int32([0, 1, 3, 5])] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_of_blocks_without_a_gate(backend: str) -> None:
+    x, pool, _, out = arguments(jnp.float32, biased=False)
+    given, weights = (x, pool[:, :2], None, out), random((M, D), 7)
+    run = functools.partial(ours, activation="gelu_tanh", implementation=backend)
+    got = gradients(run, weights, (0, 1, 3))(*given)
+    expected = gradients(functools.partial(dense_ffn, activation="gelu_tanh"), weights, (0, 1, 3))(*given)
+    for ours_one, theirs in zip(got, expected, strict=True):
+        assert_close(ours_one, in_f64(theirs), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -19,8 +19,8 @@ from pallas_kernels import (
     lossy_quantize,
     to_storage,
 )
-from pallas_kernels.grouped_ffn.activations import ACTIVATIONS
-from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS
+from pallas_kernels.grouped_ffn.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
+from pallas_kernels.grouped_ffn.kernel_activations import KERNEL_ACTIVATIONS, UNGATED_KERNEL_ACTIVATIONS
 from pallas_kernels.grouped_ffn.tiles import forced_tiles
 from pallas_kernels.grouped_ffn.triton_matmul import _place
 from pallas_kernels.grouped_ffn.triton_tiles import TritonTiles, candidates, heuristic, tile_height
@@ -131,6 +131,8 @@ def test_kernels_compute_the_same_activations():
     gate, up = jnp.linspace(-12.0, 12.0, 4001), random((4001,), 8)
     for name, activation in KERNEL_ACTIVATIONS.items():
         np.testing.assert_allclose(activation(gate, up), ACTIVATIONS[name](gate, up), rtol=0, atol=4e-6)
+    for name, activation in UNGATED_KERNEL_ACTIVATIONS.items():
+        np.testing.assert_allclose(activation(gate), UNGATED_ACTIVATIONS[name](gate), rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize(
