@@ -27,6 +27,8 @@ from ef_jax.nn.host_param import restore as restore
 from ef_jax.nn.host_param import restore_target as restore_target
 from ef_jax.nn.linear import linear as linear
 from ef_jax.nn.linear import matmul_f32 as matmul_f32
+from ef_jax.nn.norm import make_norm as make_norm
+from ef_jax.nn.norm import normalize as normalize
 from ef_jax.nn.norm import rms_norm as rms_norm
 from ef_jax.nn.offloaded_moe import OffloadedMoE as OffloadedMoE
 from ef_jax.nn.pregate import RouterStack as RouterStack
@@ -36,6 +38,7 @@ from ef_jax.nn.pregate import stack_routers as stack_routers
 from ef_jax.nn.rope import apply_rope as apply_rope
 from ef_jax.nn.rope import rope_frequencies as rope_frequencies
 from ef_jax.nn.rope import rope_tables as rope_tables
+from ef_jax.nn.rope import settle_rope as settle_rope
 from ef_jax.nn.router import choice_scores as choice_scores
 from ef_jax.nn.router import route as route
 from ef_jax.nn.router import router_logits as router_logits

@@ -1,5 +1,6 @@
 """Rotary position embedding and its context-stretching variants, computed as transformers computes them."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -7,7 +8,22 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.nn.linear import along_last
-from ef_jax.spec import RopeSpec
+from ef_jax.spec import ModelSpec, RopeSpec
+
+
+def settle_rope(spec: ModelSpec, context: int) -> ModelSpec:
+    """The model for sequences of up to `context` tokens: which factors its longrope divides by is settled.
+
+    One set serves all positions of all sequences, the long one if a sequence may grow past `original_max_position`.
+    (transformers goes by the longest sequence so far, and on crossing leaves keys in the cache as they were rotated
+    before. Every sequence that is all on one side of `original_max_position` is the same here, if the context is on
+    that side too.) Models of other kinds of rope come back as they are.
+    """
+    rope = spec.attention.rope
+    if rope.kind != "longrope" or rope.original_max_position is None:
+        return spec
+    rope = dataclasses.replace(rope, stretched=context > rope.original_max_position)
+    return dataclasses.replace(spec, attention=dataclasses.replace(spec.attention, rope=rope))
 
 
 def rope_frequencies(spec: RopeSpec) -> tuple[np.ndarray, float]:
@@ -20,6 +36,10 @@ def rope_frequencies(spec: RopeSpec) -> tuple[np.ndarray, float]:
         return _yarn(spec, frequencies), _yarn_attention_factor(spec)
     if spec.kind == "llama3":
         return _llama3(spec, frequencies), 1.0
+    if spec.kind == "longrope":
+        factors = np.asarray(spec.long_factors if spec.stretched else spec.short_factors, np.float32)
+        powers = np.float32(spec.theta) ** exponents
+        return (np.float32(1) / (factors * powers)).astype(np.float32), _longrope_attention_factor(spec)
     return frequencies, 1.0
 
 
@@ -34,13 +54,29 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T H hd"], cos: Float32[Array, "B T half"], sin: Float32[Array, "B T half"]
+    x: Float[Array, "B T H hd"],
+    cos: Float32[Array, "B T half"],
+    sin: Float32[Array, "B T half"],
+    spec: RopeSpec | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """Rotate the pairs `(x[i], x[i + hd/2])` of every head; cos and sin are rounded to x's dtype first."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos = cos.astype(x.dtype)[:, :, None]
-    sin = sin.astype(x.dtype)[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate the pairs among the first `spec.dim` elements of every head; the others pass.
+
+    Pairs are `(x[i], x[i + dim/2])`, or neighbours `(x[2i], x[2i + 1])` where interleaved, and stay where they are.
+    """
+    if spec is None:
+        spec = RopeSpec(theta=1.0, dim=x.shape[-1])
+    dtype = jnp.dtype(jnp.float32) if spec.precise else x.dtype
+    cos, sin = (table.astype(dtype)[:, :, None] for table in (cos, sin))
+    turned = x[..., : spec.dim].astype(dtype)
+    if spec.interleaved:
+        pairs = turned.reshape(*turned.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    both = first * cos - second * sin, second * cos + first * sin
+    turned = jnp.stack(both, axis=-1).reshape(turned.shape) if spec.interleaved else jnp.concatenate(both, axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if spec.dim == x.shape[-1] else jnp.concatenate([turned, x[..., spec.dim :]], axis=-1)
 
 
 def _yarn(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
@@ -71,6 +107,17 @@ def _yarn_attention_factor(spec: RopeSpec) -> float:
     if spec.mscale and spec.mscale_all_dim:
         return scale(spec.mscale) / scale(spec.mscale_all_dim)
     return scale(1.0)
+
+
+def _longrope_attention_factor(spec: RopeSpec) -> float:
+    """LongRoPE (arXiv 2402.13753): how much longer contexts have become, by the logarithm."""
+    given = spec.long_attention_factor if spec.stretched else None
+    given = spec.attention_factor if given is None else given
+    if given is not None:
+        return given
+    if spec.original_max_position is None:
+        raise ValueError("longrope needs original_max_position")  # RopeSpec has already refused it
+    return 1.0 if spec.factor <= 1 else math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_max_position))
 
 
 def _llama3(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:

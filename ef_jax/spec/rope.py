@@ -14,7 +14,8 @@ class RopeSpec:
     elements of a head are rotated, the rest pass. `interleaved`: pairs are neighbours (2i, 2i + 1), not halves apart.
     `precise`: rotated in float32 and rounded once; else cos and sin are rounded to the model's dtype first.
     `attention_factor` multiplies cos and sin (yarn, longrope); None means the kind's own formula.
-    `long_factors` and `short_factors` divide each frequency (longrope), beyond and within `original_max_position`.
+    Longrope divides each frequency by its `short_factors`, or by its `long_factors` where `stretched`: for contexts
+    beyond `original_max_position` (`nn.settle_rope`); `long_attention_factor` is then the attention factor if given.
     """
 
     theta: float
@@ -34,6 +35,8 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    long_attention_factor: float | None = None
+    stretched: bool = False
 
     def __post_init__(self) -> None:
         require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
