@@ -1,6 +1,7 @@
 """What the tests hold the modules against: random torch models, their weights in our paths, a plain forward pass."""
 
 import json
+import tempfile
 from typing import Any
 
 import jax
@@ -10,24 +11,8 @@ import numpy as np
 from ef_jax import nn
 from ef_jax.families import spec_from_config
 from ef_jax.spec import ModelSpec
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 128,
-}
-
-FAMILY_SIZES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 20, "head_dim": 12, "norm_topk_prob": True},
-    "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28},
-    "mixtral": {"num_local_experts": 6},
-    "olmoe": {"num_experts": 6},
-}
+from ef_jax.weights import open_checkpoint
+from tests.parity.families import FAMILIES
 
 
 def torch_model(model_type: str, seed: int, **changes: Any) -> Any:
@@ -37,8 +22,10 @@ def torch_model(model_type: str, seed: int, **changes: Any) -> Any:
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    sizes = SIZES | FAMILY_SIZES[model_type] | changes
-    config = transformers.AutoConfig.for_model(model_type, **sizes, attn_implementation="eager")
+    family = FAMILIES[model_type]
+    config = transformers.AutoConfig.for_model(
+        family.config_type or model_type, **{**family.sizes, **changes}, attn_implementation="eager"
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,6 +35,10 @@ def torch_model(model_type: str, seed: int, **changes: Any) -> Any:
                 parameter.normal_(0.0, 0.3)
             else:
                 parameter.normal_(0.0, 1.0 / np.sqrt(parameter.shape[-1]))
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():  # biases of routers that training sets by counting
+            if name in stored:
+                buffer.normal_(0.0, 0.2)
     return model
 
 
@@ -58,39 +49,15 @@ def spec_of(model: Any) -> ModelSpec:
 
 def weights_of(model: Any, spec: ModelSpec) -> tuple[dict[str, jax.Array], list[jax.Array | None]]:
     """Our dense arrays by path, and each layer's expert blocks [E, 3, F, D] (None: dense layer)."""
-    state = {name: jnp.asarray(value.float().numpy(), spec.dtype) for name, value in model.state_dict().items()}
-    dense = {"embed.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    if not spec.tie_embeddings:
-        dense["head.weight"] = state["lm_head.weight"]
-    blocks: list[jax.Array | None] = []
-    for index, layer in enumerate(spec.layers):
-        theirs, ours = f"model.layers.{index}.", f"layers.{index}."
-        dense[ours + "attn_norm.weight"] = state[theirs + "input_layernorm.weight"]
-        dense[ours + "ffn_norm.weight"] = state[theirs + "post_attention_layernorm.weight"]
-        for kind in ("weight", "bias"):
-            if theirs + f"self_attn.q_proj.{kind}" in state:
-                parts = [state[theirs + f"self_attn.{name}_proj.{kind}"] for name in "qkv"]
-                dense[ours + f"attn.qkv_proj.{kind}"] = jnp.concatenate(parts)
-            for name in ("o_proj", "q_norm", "k_norm"):
-                if theirs + f"self_attn.{name}.{kind}" in state:
-                    dense[ours + f"attn.{name}.{kind}"] = state[theirs + f"self_attn.{name}.{kind}"]
-        if layer.ffn == "dense":
-            dense[ours + "mlp.block"] = _block(state, theirs + "mlp.")
-            blocks.append(None)
-            continue
-        dense[ours + "router.weight"] = state[theirs + "mlp.gate.weight"]
-        if spec.shared is not None:
-            dense[ours + "shared.block"] = _block(state, theirs + "mlp.shared_expert.")
-            dense[ours + "shared.gate.weight"] = state[theirs + "mlp.shared_expert_gate.weight"]
-        gate_up = state[theirs + "mlp.experts.gate_up_proj"]
-        down = state[theirs + "mlp.experts.down_proj"].swapaxes(1, 2)
-        blocks.append(jnp.stack([*jnp.split(gate_up, 2, axis=1), down], axis=1))
-    return dense, blocks
-
-
-def _block(state: dict[str, jax.Array], prefix: str) -> jax.Array:
-    gate, up, down = (state[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return jnp.stack([gate, up, down.T])
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        with open_checkpoint(directory) as checkpoint:
+            dense = {name: jnp.asarray(array) for name, array in checkpoint.dense()}
+            blocks = np.empty((len(spec.layers), spec.experts.count, *spec.block_shape), spec.dtype)
+            for layer in spec.moe_layers:
+                for expert in range(spec.experts.count):
+                    checkpoint.read_block(layer, expert, blocks[layer, expert])
+    return dense, [jnp.asarray(blocks[i]) if i in spec.moe_layers else None for i in range(len(spec.layers))]
 
 
 def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: jax.Array, spec: ModelSpec) -> jax.Array:
@@ -104,7 +71,13 @@ def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: jax.Array, spe
 
 
 class Model:
-    """The whole model through the modules, one call a chunk of tokens, over caches of a fixed length."""
+    """The whole model through the modules, one call a chunk of tokens, over caches of a fixed length.
+
+    Attributes:
+      leaves: each layer's arrays, in the order of `layer_definition`.
+      shapes: (shape, dtype) of each dense array, by path.
+      streams: of the last call, the residual stream [B, T, D] that each MoE layer's router read.
+    """
 
     def __init__(self, model: Any, spec: ModelSpec, context: int, batch: int = 1):
         self.spec = spec
@@ -112,28 +85,45 @@ class Model:
         self.shapes = {path: (array.shape, array.dtype) for path, array in dense.items()}
         graphdef, paths = nn.top_definition(spec)
         self.top = nn.merge_top(graphdef, [dense[path] for path in paths])
-        self.layers = []
+        self.layers: list[nn.DecoderLayer] = []
+        self.leaves: list[list[jax.Array]] = []
+        self.streams: list[jax.Array] = []
         for index, layer in enumerate(spec.layers):
-            definition, paths = nn.layer_definition(spec, layer.ffn)
-            self.layers.append(nn.merge_layer(definition, [dense[f"layers.{index}.{path}"] for path in paths]))
-        cache = nn.cache_shape(spec, batch, context)
-        self.caches = [(jnp.zeros(cache.shape, cache.dtype),) * 2 for _ in spec.layers]
+            definition, paths = nn.layer_definition(spec, layer)
+            self.leaves.append([dense[f"layers.{index}.{path}"] for path in paths])
+            self.layers.append(nn.merge_layer(definition, self.leaves[-1]))
+        self.caches = [
+            tuple(jnp.zeros(cache.shape, cache.dtype) for cache in nn.cache_shapes(spec, layer.kind, batch, context))
+            for layer in spec.layers
+        ]
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Logits [B, T, V] of tokens [B, T] at positions [B, T]; the caches are updated."""
         x = self.top.embed_tokens(jnp.asarray(ids, jnp.int32))
         where = jnp.asarray(positions, jnp.int32)
+        self.streams = []
         for index, layer in enumerate(self.layers):
-            window = jnp.int32(self.spec.layers[index].window or nn.FULL_WINDOW)
-            x, *cache = layer.attend(x, *self.caches[index], where, window)
-            self.caches[index] = tuple(cache)
+            reach = jnp.asarray(nn.reach_of(self.spec.layers[index]))
+            x, self.caches[index] = layer.attend(x, self.caches[index], where, reach)
             blocks = self.blocks[index]
             if blocks is None:
                 x = layer.finish(x, layer.ffn_input(x))
             else:
+                self.streams.append(x)
                 h, chosen, weights = layer.route(x)
                 x = layer.finish(x, h, moe(h, chosen, weights, blocks, self.spec))
         return np.asarray(self.top.logits(x))
+
+    def choices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the last call: the pre-gate's scores at distance 0 [L, B, T, E], and the layers' choices [L, B, T, K]."""
+        layers = [self.layers[index] for index in self.spec.moe_layers]
+        stack = nn.stack_routers(self.spec, self.leaves, 1)
+        score = jax.jit(lambda x, first: nn.pregate(self.spec, stack, x, first, 1)[..., 0, :])
+        choose = [jax.jit(lambda x, layer=layer: layer.route(x)[1]) for layer in layers]
+        return (
+            np.stack([score(x, jnp.int32(first)) for first, x in enumerate(self.streams)]),
+            np.stack([of_layer(x) for of_layer, x in zip(choose, self.streams, strict=True)]),
+        )
 
 
 def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
-"""Record what transformers computes, for tests that run without torch: `python -m tests.parity.record`.
+"""Record what transformers computes, for tests that run without torch: `python -m tests.parity.record [FOLDER ...]`.
 
-Needs torch and transformers; overwrites `tests/fixtures/parity`. The weights of a case are rounded to bfloat16, which
-halves the file; its logits are computed from the rounded weights in float32.
+Needs torch and transformers; overwrites folders of `tests/fixtures/parity`, all if none is named. The weights of a case
+are rounded to bfloat16, which halves the file; its logits are computed from the rounded weights in float32.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 import transformers
 
 from tests.nn import reference
-from tests.parity.cases import FIXTURES, NEW_TOKENS_BUNDLED, RECORDED, TOKENS, bundled_prompts
+from tests.parity.cases import FIXTURES, NEW_TOKENS_BUNDLED, TOKENS, bundled_prompts
+from tests.parity.families import RECORDED, Changes
 
 SMALL_MOE = Path(__file__).parent.parent.parent / "ef_jax" / "models" / "small_moe"
 
 
-def record_case(directory: Path, model_type: str, seed: int, changes: dict[str, Any]) -> None:
+def record_case(directory: Path, model_type: str, seed: int, changes: Changes) -> None:
     """Write a checkpoint (config.json, model.safetensors) and expected.npz: ids [T], logits f32 [T, V]."""
     model = reference.torch_model(model_type, seed, **changes)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
+        for weights in model.state_dict().values():
+            weights.copy_(weights.bfloat16())
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, TOKENS)
     logits = reference.torch_logits(model, ids[None])[0]
     shutil.rmtree(directory, ignore_errors=True)
@@ -71,9 +73,10 @@ def record_bundled(path: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, case in RECORDED.items():
-        record_case(FIXTURES / name, *case)
-    record_bundled(FIXTURES / "small_moe_greedy.json")
+    for name in sys.argv[1:] or RECORDED:
+        record_case(FIXTURES / name, *RECORDED[name])
+    if not sys.argv[1:]:
+        record_bundled(FIXTURES / "small_moe_greedy.json")
 
 
 if __name__ == "__main__":

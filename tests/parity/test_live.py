@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 import ef_jax
 from ef_jax.runtime.language_model import LanguageModel
 from tests.nn import reference
-from tests.parity.cases import CHUNK, FIXTURES, LIVE, RECORDED, TOKENS
+from tests.parity.cases import CHUNK, FIXTURES, TOKENS
+from tests.parity.families import FAMILIES, LIVE, RECORDED, Changes, case_ids
 
 pytestmark = [
     pytest.mark.parity,
@@ -32,16 +33,14 @@ def check_logits(model: Any, lm: LanguageModel, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, lm.spec.vocab, TOKENS)
     expected = reference.torch_logits(model, ids[None])[0]
     assert 0.3 < expected.std() < 3
-    np.testing.assert_allclose(lm.logits(ids), expected, atol=2e-4, rtol=0)
+    np.testing.assert_allclose(lm.logits(ids), expected, atol=FAMILIES[lm.spec.family].tolerance, rtol=0)
     assert lm.stats.slots < lm.stats.experts
     assert sum(lm.stats.prefill.misses) > lm.stats.slots
     assert lm.stats.prefill.bytes_demand == sum(lm.stats.prefill.misses) * lm.spec.block_bytes
 
 
-@pytest.mark.parametrize(
-    ("model_type", "seed", "changes"), LIVE, ids=["-".join([name, str(seed), *more]) for name, seed, more in LIVE]
-)
-def test_logits(model_type: str, seed: int, changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "seed", "changes"), LIVE, ids=case_ids(LIVE))
+def test_logits(model_type: str, seed: int, changes: Changes, tmp_path: Path) -> None:
     model = reference.torch_model(model_type, seed, **changes)
     model.save_pretrained(tmp_path)
     check_logits(model, load(tmp_path, expert_fraction=0.25 if seed % 2 else 0.5), seed)
