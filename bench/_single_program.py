@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ef_jax.nn import FULL_WINDOW, merge_top, top_definition
+from ef_jax.nn import merge_top, reach_of, top_definition
 from ef_jax.runtime import steps
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
@@ -40,10 +40,11 @@ class SingleProgram:
             x = ends.embed_tokens(tokens)
             new_caches = []
             for index, layer in enumerate(spec.layers):
-                k, v = caches[index]
-                window = jnp.int32(layer.window or FULL_WINDOW)
-                entered, k, v = steps.enter_layer(spec, layer.ffn, layers[index], x, k, v, positions, window, span)
-                new_caches.append((k, v))
+                reach = jnp.asarray(reach_of(layer))
+                entered, cache = steps.enter_layer(
+                    spec, layer.kind, layers[index], x, caches[index], positions, reach, span
+                )
+                new_caches.append(cache)
                 if isinstance(entered, steps.Routed):
                     slot_row = jnp.asarray(slot_of[moe_index[index]])
                     outputs = steps.run_experts(spec, engine.programs.kernels, entered, pool, slot_row)
@@ -81,5 +82,5 @@ class SingleProgram:
         rows = self._engine._rows
         given = (rows.tokens[:, None].copy(), rows.length[:, None].copy(), rows.step.copy())
         tokens, *counters = jax.device_put(given, rows.sharding)
-        caches = [(jnp.copy(k), jnp.copy(v)) for k, v in zip(rows.k, rows.v, strict=True)]
+        caches = jax.tree.map(jnp.copy, rows.caches)
         return tokens, (*counters, jnp.copy(rows.seen), caches)

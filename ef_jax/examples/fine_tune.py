@@ -20,7 +20,7 @@ from ef_jax.cli.options import whole_number
 from ef_jax.console import Parser, json_line, run
 from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.loading import bundled_model
-from ef_jax.nn import FULL_WINDOW, TRAINABLE, Decoder, HostOptimizer, OffloadedMoE, cache_shape, host_sharding
+from ef_jax.nn import TRAINABLE, Decoder, HostOptimizer, OffloadedMoE, cache_shapes, host_sharding, reach_of
 from ef_jax.predict.training import load_optax
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer, require_tokenizer
@@ -56,12 +56,12 @@ class FineTuned(nnx.Module):
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Next-token logits after every token."""
         batch, length = tokens.shape
-        cache = jnp.zeros_like(cache_shape(self.spec, batch, length))
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         x = self.decoder.embed_tokens(tokens)
         experts = iter(self.experts)
         for layer, how in zip(self.decoder.layers, self.spec.layers, strict=True):
-            x, _, _ = layer.attend(x, cache, cache, positions, jnp.int32(how.window or FULL_WINDOW))
+            cache = tuple(map(jnp.zeros_like, cache_shapes(self.spec, how.kind, batch, length)))
+            x, _ = layer.attend(x, cache, positions, jnp.asarray(reach_of(how)))
             h = layer.ffn_input(x)
             x = layer.finish(x, h, next(experts)(h) if how.ffn == "moe" else None)
         return self.decoder.logits(x)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ef_jax.errors import BudgetError, InputError
 from ef_jax.memory.sizes import format_bytes
-from ef_jax.nn import cache_shape
+from ef_jax.nn import cache_shapes
 from ef_jax.spec import ModelSpec
 
 STAGING_SLOTS = 16
@@ -144,9 +144,9 @@ class FixedBytes:
 
 
 def kv_cache_bytes(spec: ModelSpec, rows: int, context: int) -> int:
-    """Bytes of keys and values of every layer for `rows` sequences of `context` tokens."""
-    cache = cache_shape(spec, rows, context)
-    return 2 * len(spec.layers) * cache.size * cache.dtype.itemsize
+    """Bytes of what the layers remember, keys and values mostly, of `rows` sequences of `context` tokens."""
+    shapes = (shape for layer in spec.layers for shape in cache_shapes(spec, layer.kind, rows, context))
+    return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
 
 def experts_a_step(spec: ModelSpec, batch: int) -> int:

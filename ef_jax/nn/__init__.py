@@ -1,10 +1,9 @@
 """Flax NNX modules of the decoder and the pure functions under them. The routed experts live outside."""
 
-from ef_jax.nn.attention import FULL_WINDOW as FULL_WINDOW
 from ef_jax.nn.attention import KEY_BLOCK as KEY_BLOCK
 from ef_jax.nn.attention import QUERY_BLOCK as QUERY_BLOCK
 from ef_jax.nn.attention import attend as attend
-from ef_jax.nn.attention import cache_shape as cache_shape
+from ef_jax.nn.attention import reach_of as reach_of
 from ef_jax.nn.attention import write_cache as write_cache
 from ef_jax.nn.decoder import Decoder as Decoder
 from ef_jax.nn.decoder import DecoderLayer as DecoderLayer
@@ -27,6 +26,7 @@ from ef_jax.nn.host_param import restore as restore
 from ef_jax.nn.host_param import restore_target as restore_target
 from ef_jax.nn.linear import linear as linear
 from ef_jax.nn.linear import matmul_f32 as matmul_f32
+from ef_jax.nn.mixer import cache_shapes as cache_shapes
 from ef_jax.nn.norm import make_norm as make_norm
 from ef_jax.nn.norm import normalize as normalize
 from ef_jax.nn.norm import rms_norm as rms_norm

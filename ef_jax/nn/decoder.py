@@ -4,31 +4,30 @@ A step over one MoE layer is `attend`, `route`, the routed experts (the engine's
 middle two. Parameter paths (`layers.0.attn.qkv_proj.weight`) are also the names in converted checkpoints.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.errors import UnsupportedError
-from ef_jax.nn.attention import Attention
 from ef_jax.nn.ffn import GatedFFN
-from ef_jax.nn.linear import Linear, matmul_f32, normal_param
-from ef_jax.nn.norm import RMSNorm
+from ef_jax.nn.linear import Linear, along_last, matmul_f32, normal_param
+from ef_jax.nn.mixer import make_mixer
+from ef_jax.nn.norm import make_norm
 from ef_jax.nn.router import Router
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 
 
 class DecoderLayer(nnx.Module):
-    """One decoder layer, MoE or dense; every layer of a kind has the same structure, so a program serves them all."""
+    """One decoder layer; every layer of a kind (`LayerSpec.kind`) has the same structure: a program serves them all."""
 
-    def __init__(self, spec: ModelSpec, ffn: Literal["moe", "dense"], *, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpec, kind: LayerSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(spec.dtype)
-        self.attn_norm = RMSNorm(spec.hidden, spec.norm_eps, dtype)
-        self.attn = Attention(spec, rngs=rngs)
-        self.ffn_norm = RMSNorm(spec.hidden, spec.norm_eps, dtype)
-        moe, shared = ffn == "moe", spec.shared
+        self.residual_scale = spec.residual_scale
+        self.attn_norm = make_norm(spec, spec.hidden)
+        self.attn = make_mixer(spec, kind, rngs)
+        self.ffn_norm = make_norm(spec, spec.hidden)
+        moe, shared = kind.ffn == "moe", spec.shared
         if not moe and spec.dense_width is None:
             raise UnsupportedError("a dense layer needs a dense_width in its spec, got None")
         # One assignment each: NNX takes an attribute for an array holder or not by its first value.
@@ -50,31 +49,28 @@ class DecoderLayer(nnx.Module):
     def attend(
         self,
         x: Float[Array, "B T D"],
-        k: Shaped[Array, "R N C hd"],
-        v: Shaped[Array, "R N C hd"],
+        cache: tuple[Array, ...],
         positions: Int32[Array, "B T"],
-        window: Int32[Array, ""],
+        reach: Int32[Array, "2"],
         span: int | None = None,
         rows: Int32[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Shaped[Array, "R N C hd"], Shaped[Array, "R N C hd"]]:
-        """The residual stream after attention, and the updated key and value caches.
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+        """The residual stream after the mixer, and what it now remembers.
 
         Args:
           x: residual stream.
-          k: key cache (`cache_shape`) of context length C, indexed by position, with N key/value heads.
-          v: value cache, likewise.
+          cache: what it remembers of R sequences (`cache_shapes`): keys and values by position, or whatever it has.
           positions: each token's position; negative marks padding, which writes nothing and whose output is
             finite and meaningless.
-          window: a token at position p sees positions `p - window + 1 .. p`; `FULL_WINDOW` hides nothing. Traced,
-            so that sliding and full layers share a compiled program.
+          reach: how far a token sees (`reach_of`). Traced, so that sliding and full layers share a compiled program.
           span: static; only the cache's first `span` positions are read, for steps that are known not to be past
             them: a multiple of `KEY_BLOCK`, or at most one. None reads all C. It changes no bit of the result.
           rows: each sequence's row of the caches; R and beyond marks padding, like a negative position. None: sequence
             b has row b, and there are as many rows.
         """
         with jax.named_scope("attend"):
-            out, k, v = self.attn(self.attn_norm(x), k, v, positions, window, span, rows)
-            return x + out, k, v
+            out, cache = self.attn(self.attn_norm(x), cache, positions, reach, span, rows)
+            return self._add(x, out), cache
 
     def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The normed residual stream that router, experts and dense network read."""
@@ -102,10 +98,13 @@ class DecoderLayer(nnx.Module):
         """
         with jax.named_scope("finish"):
             if self.mlp is not None:
-                return x + self.mlp(h)
+                return self._add(x, self.mlp(h))
             if routed is None:
                 raise ValueError("an MoE layer needs the routed experts' output")
-            return x + (routed if self.shared is None else routed + self.shared(h))
+            return self._add(x, routed if self.shared is None else routed + self.shared(h))
+
+    def _add(self, x: Float[Array, "B T D"], part: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x + (part if self.residual_scale == 1.0 else part * self.residual_scale)
 
 
 class TokenEnds(nnx.Module):
@@ -113,19 +112,28 @@ class TokenEnds(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(spec.dtype)
+        self.embed_scale, self.logits_divisor = spec.embed_scale, spec.logits_divisor
         self.embed = Embedding(spec, rngs=rngs)
-        self.norm = RMSNorm(spec.hidden, spec.norm_eps, dtype)
-        self.head = None if spec.tie_embeddings else Linear(spec.hidden, spec.vocab, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(spec, spec.hidden)
+        self.head = (
+            None
+            if spec.tie_embeddings
+            else Linear(spec.hidden, spec.vocab, bias=spec.head_bias, dtype=dtype, rngs=rngs)
+        )
 
     def embed_tokens(self, ids: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Embeddings of token ids in `[0, V)`."""
-        return self.embed.weight[...][ids]
+        x = self.embed.weight[...][ids]
+        return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
         """Next-token logits of the residual stream after the last layer; never rounded to the model's dtype."""
         with jax.named_scope("logits"):
             head = self.embed if self.head is None else self.head
-            return matmul_f32(self.norm(x), head.weight[...])
+            logits = matmul_f32(self.norm(x), head.weight[...])
+            if self.head is not None and self.head.bias is not None:
+                logits = logits + along_last(self.head.bias[...].astype(jnp.float32), logits)
+            return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
 
 class Embedding(nnx.Module):
@@ -140,4 +148,4 @@ class Decoder(TokenEnds):
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         super().__init__(spec, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(spec, layer.ffn, rngs=rngs) for layer in spec.layers])
+        self.layers = nnx.List([DecoderLayer(spec, layer.kind, rngs=rngs) for layer in spec.layers])

@@ -6,33 +6,34 @@ merges them back into a module while tracing.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 from ef_jax.nn.decoder import DecoderLayer, TokenEnds
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 
 _M = TypeVar("_M", bound=nnx.Module)
 
+_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
-def layer_definition(
-    spec: ModelSpec, ffn: Literal["moe", "dense"]
-) -> tuple[nnx.GraphDef[DecoderLayer], tuple[str, ...]]:
-    """A layer's structure and its leaves' paths (`attn.qkv_proj.weight`), in the order `merge_layer` takes them."""
-    graphdef, shapes = _layer(spec, ffn)
+
+def layer_definition(spec: ModelSpec, kind: LayerSpec) -> tuple[nnx.GraphDef[DecoderLayer], tuple[str, ...]]:
+    """The structure of layers of a kind and their leaves' paths (`attn.qkv_proj.weight`), in the order `merge_layer`
+    takes them."""
+    graphdef, shapes = _layer(spec, kind.kind)
     return graphdef, tuple(shapes)
 
 
 def finish_paths(spec: ModelSpec) -> tuple[str, ...]:
     """Paths of the leaves that an MoE layer's `finish` reads: the shared expert's, where there is one."""
-    return tuple(path for path in layer_definition(spec, "moe")[1] if path.startswith("shared."))
+    return tuple(path for path in _moe_definition(spec)[1] if path.startswith("shared."))
 
 
 def merge_finish(spec: ModelSpec, leaves: Sequence[jax.Array]) -> DecoderLayer:
     """An MoE layer good for `finish` alone, over the leaves of `finish_paths`; for use while tracing."""
-    graphdef, paths = layer_definition(spec, "moe")
+    graphdef, paths = _moe_definition(spec)
     given = dict(zip(finish_paths(spec), leaves, strict=True))
     return nnx.graph.unflatten(graphdef, [given.get(path) for path in paths])
 
@@ -58,15 +59,18 @@ def dense_shapes(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
     top = _top(spec)[1]
     shapes = {"embed.weight": top["embed.weight"]}
     for index, layer in enumerate(spec.layers):
-        shapes |= {f"layers.{index}.{path}": shape for path, shape in _layer(spec, layer.ffn)[1].items()}
-    return shapes | {path: top[path] for path in ("norm.weight", "head.weight") if path in top}
+        shapes |= {f"layers.{index}.{path}": shape for path, shape in _layer(spec, layer.kind)[1].items()}
+    return shapes | {path: top[path] for path in _ENDS if path in top}
 
 
-@functools.lru_cache(maxsize=16)
-def _layer(
-    spec: ModelSpec, ffn: Literal["moe", "dense"]
-) -> tuple[nnx.GraphDef[DecoderLayer], dict[str, jax.ShapeDtypeStruct]]:
-    return _define(lambda: DecoderLayer(spec, ffn, rngs=nnx.Rngs(0)))
+def _moe_definition(spec: ModelSpec) -> tuple[nnx.GraphDef[DecoderLayer], tuple[str, ...]]:
+    """Of the first MoE layer: what follows the router is the same in all."""
+    return layer_definition(spec, spec.layers[spec.moe_layers[0]])
+
+
+@functools.lru_cache(maxsize=64)
+def _layer(spec: ModelSpec, kind: LayerSpec) -> tuple[nnx.GraphDef[DecoderLayer], dict[str, jax.ShapeDtypeStruct]]:
+    return _define(lambda: DecoderLayer(spec, kind, rngs=nnx.Rngs(0)))
 
 
 @functools.lru_cache(maxsize=16)

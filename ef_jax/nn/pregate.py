@@ -43,12 +43,12 @@ def stack_routers(spec: ModelSpec, layers: Sequence[Sequence[jax.Array]], distan
       layers: leaves of each decoder layer, dense ones included, in the order of `layer_definition`.
       distances: H, the largest distance that will be asked for.
     """
-    paths = layer_definition(spec, "moe")[1]
+    leaves = [dict(zip(layer_definition(spec, spec.layers[i])[1], layers[i], strict=True)) for i in spec.moe_layers]
 
     def stack(path: str) -> jax.Array | None:
-        if path not in paths:
+        if path not in leaves[0]:
             return None
-        rows = jnp.stack([layers[index][paths.index(path)] for index in spec.moe_layers])
+        rows = jnp.stack([of_layer[path] for of_layer in leaves])
         return jnp.pad(rows, [(0, distances), *[(0, 0)] * (rows.ndim - 1)])
 
     names = ("ffn_norm.weight", "router.weight", "router.bias", "router.select_bias")
@@ -59,7 +59,7 @@ def router_stack_shapes(spec: ModelSpec, distances: int) -> RouterStack:
     """Shapes and dtypes of what `stack_routers` returns. Nothing is allocated."""
     shapes = dense_shapes(spec)
     layers = [
-        [shapes[f"layers.{index}.{path}"] for path in layer_definition(spec, layer.ffn)[1]]
+        [shapes[f"layers.{index}.{path}"] for path in layer_definition(spec, layer)[1]]
         for index, layer in enumerate(spec.layers)
     ]
     stacked: RouterStack = jax.eval_shape(lambda leaves: stack_routers(spec, leaves, distances), layers)

@@ -22,7 +22,7 @@ class DenseWeights:
     def __init__(self, spec: ModelSpec, arrays: Mapping[str, jax.Array]) -> None:
         self.top = [arrays[path] for path in top_definition(spec)[1]]
         self.layers = [
-            [arrays[f"layers.{index}.{path}"] for path in layer_definition(spec, layer.ffn)[1]]
+            [arrays[f"layers.{index}.{path}"] for path in layer_definition(spec, layer)[1]]
             for index, layer in enumerate(spec.layers)
         ]
         self.finish = [
@@ -32,8 +32,8 @@ class DenseWeights:
 
     def routers(self, spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
         """Names and weights of the MoE layers' routers, copied to the host."""
-        place = layer_definition(spec, "moe")[1].index("router.weight")
         for layer in spec.moe_layers:
+            place = layer_definition(spec, spec.layers[layer])[1].index("router.weight")
             yield f"layers.{layer}.router.weight", np.asarray(self.layers[layer][place])
 
     @classmethod

@@ -15,7 +15,7 @@ from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.program_memory import live_bytes
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
-from ef_jax.nn import FULL_WINDOW
+from ef_jax.nn import reach_of
 from ef_jax.predict import Predictor
 from ef_jax.predict.log_odds import union_bins
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
@@ -78,8 +78,8 @@ class Engine:
         self._served_at = 0.0
         self._dense = dense
         self._rows = Rows(spec, rows=plan.rows, batch=plan.batch, context=plan.context, device=device)
-        windows = [np.int32(layer.window or FULL_WINDOW) for layer in spec.layers]
-        self._windows: list[jax.Array] = jax.device_put(windows, self._rows.sharding)
+        reaches = [reach_of(layer) for layer in spec.layers]
+        self._reaches: list[jax.Array] = jax.device_put(reaches, self._rows.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
         self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
         self._age_order: list[int] | None = None  # places of a step's sequences, the oldest first; None: as they stand
@@ -357,20 +357,19 @@ class Engine:
 
     def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. Returns the last's."""
-        rows, windows, lookout = self._rows, self._windows, self.lookout
+        rows, reaches, lookout = self._rows, self._reaches, self.lookout
         layers, finish = self._dense.layers, self._dense.finish
         run = lookout.running.layers(width, span)
         if self.recorder is not None:
             of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
             serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
         self._served_at = time.perf_counter()
-        carried, rows.k[0], rows.v[0], ahead, places = run[0](
+        carried, rows.caches[0], ahead, places = run[0](
             self._dense.top,
             tokens,
             layers[0],
-            rows.k[0],
-            rows.v[0],
-            windows[0],
+            rows.caches[0],
+            reaches[0],
             (positions, index),
             *lookout.from_layer(0, width),
         )
@@ -380,13 +379,12 @@ class Engine:
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
                 self._served_at = time.perf_counter()
-            carried, rows.k[layer], rows.v[layer], ahead = run[layer](
+            carried, rows.caches[layer], ahead = run[layer](
                 finish[before],
                 carried,
                 layers[layer],
-                rows.k[layer],
-                rows.v[layer],
-                windows[layer],
+                rows.caches[layer],
+                reaches[layer],
                 places,
                 *lookout.from_layer(layer, width),
             )

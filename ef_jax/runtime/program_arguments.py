@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ef_jax.nn import cache_shape, dense_shapes, finish_paths, layer_definition, top_definition
+from ef_jax.nn import cache_shapes, dense_shapes, finish_paths, layer_definition, top_definition
 from ef_jax.runtime import pass_shapes, steps
 from ef_jax.runtime.look_ahead import LookAheadSpec, look_shapes, state_shape
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 from pallas_kernels import storage_dtype
 
 
@@ -29,7 +29,8 @@ class ProgramArguments:
         self.spec, self.batch, self.rows, self.context = spec, batch, rows, context
         self.pool_slots, self.look_ahead = pool_slots, look_ahead
         self._sharding = sharding
-        self._kinds = [layer.ffn for layer in spec.layers]
+        self._kinds = [layer.kind for layer in spec.layers]
+        self._moe_kind = self._kinds[spec.moe_layers[0]]
 
     def lanes(self, width: int) -> int:
         """Sequences of a pass of that width."""
@@ -51,13 +52,15 @@ class ProgramArguments:
         shape = dense_shapes(self.spec)[name]
         return self._array(shape.shape, shape.dtype)
 
-    def _leaves(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
+    def _leaves(self, kind: LayerSpec) -> list[jax.ShapeDtypeStruct]:
         index = self._kinds.index(kind)
         return [self._dense(f"layers.{index}.{path}") for path in layer_definition(self.spec, kind)[1]]
 
-    def _finish(self, kind: steps.FFNKind) -> list[jax.ShapeDtypeStruct]:
+    def _finish(self, kind: LayerSpec) -> list[jax.ShapeDtypeStruct]:
         index = self._kinds.index(kind)
-        return [self._dense(f"layers.{index}.{path}") for path in (finish_paths(self.spec) if kind == "moe" else ())]
+        return [
+            self._dense(f"layers.{index}.{path}") for path in (finish_paths(self.spec) if kind.ffn == "moe" else ())
+        ]
 
     def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
         return [self._dense(path) for path in top_definition(self.spec)[1]]
@@ -65,16 +68,15 @@ class ProgramArguments:
     def _pool(self) -> jax.ShapeDtypeStruct:
         return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
 
-    def _layer_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = cache_shape(self.spec, self.rows, self.context)
-        cache = self._array(shape.shape, shape.dtype)
-        return cache, cache, self._device_int()
+    def _layer_inputs(self, kind: LayerSpec) -> tuple[Any, ...]:
+        shapes = cache_shapes(self.spec, kind, self.rows, self.context)
+        return tuple(self._array(shape.shape, shape.dtype) for shape in shapes), self._device_int(2)
 
     def _routed(self, width: int) -> Any:
         lanes = self.lanes(width)
         hidden = self._float(lanes, width, self.spec.hidden)
         chosen = (lanes, width, self.spec.experts.top_k)
-        weights = jnp.dtype(self.spec.dtype if self.spec.router.dtype == "model" else np.float32)
+        weights = jnp.dtype(self.spec.dtype if self.spec.router.casts_back else np.float32)
         return steps.Routed._make((hidden, hidden, self._array(chosen, np.int32), self._array(chosen, weights)))
 
     def _sorted(self, width: int) -> tuple[Any, jax.ShapeDtypeStruct]:
@@ -83,8 +85,8 @@ class ProgramArguments:
         sizes = self._device_int(self.spec.experts.count)
         return steps.SortedRows._make((flat, self._device_int(rows), sizes)), flat
 
-    def _carried(self, width: int, kind: steps.FFNKind) -> Any:
-        if kind == "dense":
+    def _carried(self, width: int, kind: LayerSpec) -> Any:
+        if kind.ffn == "dense":
             return self._float(self.lanes(width), width, self.spec.hidden)
         if width == 1:
             outputs = self._float(self.batch * self.spec.experts.top_k, self.spec.hidden)
@@ -92,9 +94,9 @@ class ProgramArguments:
         rows, outputs = self._sorted(width)
         return self._routed(width), rows.order, outputs
 
-    def _look(self, width: int, kind: steps.FFNKind) -> tuple[Any, Any]:
-        """Arguments "look" and "state" of a program that ends in a layer of this kind."""
-        if self.look_ahead is None or width > 1 or kind == "dense":
+    def _look(self, width: int, kind: LayerSpec | None = None) -> tuple[Any, Any]:
+        """Arguments "look" and "state" of a program that ends in a layer of this kind; None: that looks always."""
+        if self.look_ahead is None or width > 1 or (kind is not None and kind.ffn == "dense"):
             return None, None
         state = None
         if self.look_ahead.correction is not None:

@@ -8,11 +8,12 @@ layer its `wave`s and `between`, then `end_chunk`; after a prompt's last chunk, 
 sequences is `begin`, a `between` a layer, `end_step`, `head`; a layer whose experts are not all there yet may run those
 that are by `there`. Arguments are in the order that each docstring gives them. "rows" are the rows of a pass's
 sequences, R for places that are empty; None in a decode step of an engine with R = B, where place and row are one.
-"finish" are the leaves of `finish_paths`, none for a dense layer. "carried" is what a layer hands to the next program:
-for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding, with the
-outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the arguments
-of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody looks
-ahead.
+"cache" is what the layer's mixer remembers, keys and values mostly (`cache_shapes`), "reach" how far the layer's tokens
+see (`reach_of`), "finish" the leaves of `finish_paths`, none for a dense layer. "carried" is what a layer hands to the
+next program: for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding,
+with the outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the
+arguments of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody
+looks ahead.
 """
 
 import concurrent.futures
@@ -45,7 +46,7 @@ from ef_jax.runtime.program_arguments import ProgramArguments
 from ef_jax.runtime.rows import put, take
 from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
 from ef_jax.sampling_options import SamplingOptions
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 
 Compiled = Callable[..., Any]
 
@@ -166,42 +167,42 @@ class Programs(ProgramArguments):
         return passes
 
     def begin(self, width: int, span: int) -> Compiled:
-        """`(top, tokens, leaves, k, v, window, (positions, rows), look, state) -> carried, k, v, ahead, (positions,
-        rows)`: embedding and first layer. `k`, `v` and `state` are donated.
+        """`(top, tokens, leaves, cache, reach, (positions, rows), look, state) -> carried, cache, ahead, (positions,
+        rows)`: embedding and first layer. `cache` and `state` are donated.
 
         Positions and rows come back as device arrays, which the other layers take without another copy.
         """
         kind = self._kinds[0]
 
-        def begin(top, tokens, leaves, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
+        def begin(top, tokens, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
-            return *self._enter(width, span, kind, leaves, x, k, v, window, places, look, state), places
+            return *self._enter(width, span, kind, leaves, x, cache, reach, places, look, state), places
 
         def inputs() -> tuple[Any, ...]:
             lanes = self.lanes(width)
             tokens = self._device_int(lanes, 1) if width == 1 else self._int(lanes, width)
             places = (self._int(lanes, width), self._int(lanes) if self._finds_rows(width) else None)
-            layer = (self._leaves(kind), *self._layer_inputs(), places, *self._look(width, kind))
+            layer = (self._leaves(kind), *self._layer_inputs(kind), places, *self._look(width, kind))
             return (self._top_leaves(), tokens, *layer)
 
-        return self._program(("begin", width, span), begin, inputs, donate=(3, 4, 8))
+        return self._program(("begin", width, span), begin, inputs, donate=(3, 7))
 
-    def between(self, width: int, span: int, before: steps.FFNKind, after: steps.FFNKind) -> Compiled:
-        """`(finish, carried, next leaves, k, v, window, (positions, rows), look, state) -> carried, k, v, ahead`: from
-        one layer into the next. `k`, `v` and `state` are donated."""
+    def between(self, width: int, span: int, before: LayerSpec, after: LayerSpec) -> Compiled:
+        """`(finish, carried, next leaves, cache, reach, (positions, rows), look, state) -> carried, cache, ahead`: from
+        one layer into the next. `cache` and `state` are donated."""
 
-        def between(finish, carried, leaves, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
+        def between(finish, carried, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
             x = self._leave(width, before, finish, carried)
-            return self._enter(width, span, after, leaves, x, k, v, window, places, look, state)
+            return self._enter(width, span, after, leaves, x, cache, reach, places, look, state)
 
         def inputs() -> tuple[Any, ...]:
             carried, lanes = self._carried(width, before), self.lanes(width)
             rows = self._device_int(lanes) if self._finds_rows(width) else None
             places = (self._device_int(lanes, width), rows)
-            layer = (self._leaves(after), *self._layer_inputs(), places, *self._look(width, after))
+            layer = (self._leaves(after), *self._layer_inputs(after), places, *self._look(width, after))
             return (self._finish(before), carried, *layer)
 
-        return self._program(("between", width, span, before, after), between, inputs, donate=(3, 4, 8))
+        return self._program(("between", width, span, before, after), between, inputs, donate=(3, 7))
 
     def there(self) -> Compiled:
         """`(Routed, pool, slot_row, outputs) -> outputs`: in a decode step, the experts that have their slots while
@@ -210,7 +211,7 @@ class Programs(ProgramArguments):
         def there(routed, pool, slot_row, outputs):  # type: ignore[no-untyped-def]
             return steps.run_experts(self.spec, self.kernels, routed, pool, slot_row, outputs)
 
-        return self._program(("there",), there, lambda: self._carried(1, "moe"))
+        return self._program(("there",), there, lambda: self._carried(1, self._moe_kind))
 
     def wave(self, width: int) -> Compiled:
         """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
@@ -231,7 +232,7 @@ class Programs(ProgramArguments):
 
         def inputs() -> tuple[Any, ...]:
             lanes = self.lanes(width)
-            return (*self._look(1, "moe"), self._device_int(lanes, width, self.spec.experts.top_k), self._int(lanes))
+            return (*self._look(1), self._device_int(lanes, width, self.spec.experts.top_k), self._int(lanes))
 
         return self._program(("absorb", width), absorb, inputs, donate=(1,))
 
@@ -271,7 +272,7 @@ class Programs(ProgramArguments):
 
         def inputs() -> tuple[Any, ...]:
             mask = jax.ShapeDtypeStruct((self.spec.vocab,), np.bool_)
-            return (self._seen(), self._look(1, "moe")[1], self._int(), mask)
+            return (self._seen(), self._look(1)[1], self._int(), mask)
 
         return self._program(("join",), join, inputs, donate=(0, 1))
 
@@ -300,7 +301,7 @@ class Programs(ProgramArguments):
             )
             rows = self._int(self.batch) if self._finds_rows(1) else None
             step = self._int(self.batch)
-            return (last, self._top_leaves(), self._seen(), step, sampling, active, rows, *self._look(1, "moe"))
+            return (last, self._top_leaves(), self._seen(), step, sampling, active, rows, *self._look(1))
 
         return self._program(("head",), head, inputs, donate=(2, 8))
 
@@ -345,35 +346,35 @@ class Programs(ProgramArguments):
     def _reads_pool(self, key: tuple[Any, ...]) -> bool:
         name = key[0]
         if name == "between":
-            return bool(key[1] == 1 and key[3] == "moe")
-        return name in ("wave", "there") or (name == "end_step" and self._kinds[-1] == "moe")
+            return bool(key[1] == 1 and key[3].ffn == "moe")
+        return name in ("wave", "there") or (name == "end_step" and self._kinds[-1].ffn == "moe")
 
     def _looks_ahead(self, key: tuple[Any, ...]) -> bool:
         if self.look_ahead is None:
             return False
         if key[0] in ("begin", "between"):
-            return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]) == "moe")
+            return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]).ffn == "moe")
         return bool(key[0] in ("head", "absorb") or (key[0] == "join" and self.look_ahead.correction is not None))
 
     def _finds_rows(self, width: int) -> bool:
         """Sequences of a pass have rows of other numbers than their places."""
         return width > 1 or self.rows != self.batch
 
-    def _enter(self, width, span, kind, leaves, x, k, v, window, places, look, state):  # type: ignore[no-untyped-def]
+    def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
         positions, rows = places
-        entered, k, v = steps.enter_layer(self.spec, kind, leaves, x, k, v, positions, window, span, rows)
+        entered, cache = steps.enter_layer(self.spec, kind, leaves, x, cache, positions, reach, span, rows)
         if not isinstance(entered, steps.Routed):
-            return entered, k, v, None
+            return entered, cache, None
         if width == 1:
             if self.look_ahead is None:
-                return entered, k, v, None
+                return entered, cache, None
             report, known = look_from_layer(self.spec, self.look_ahead, look, entered, take(state, rows))
-            return entered, k, v, (report, put(state, rows, known))
+            return entered, cache, (report, put(state, rows, known))
         rows = steps.sort_rows(entered, self.spec.experts.count)
-        return (entered, rows, jnp.zeros_like(rows.rows)), k, v, None
+        return (entered, rows, jnp.zeros_like(rows.rows)), cache, None
 
     def _leave(self, width, kind, finish, carried):  # type: ignore[no-untyped-def]
-        if kind == "dense":
+        if kind.ffn == "dense":
             return carried
         if width == 1:
             routed, *slots_and_outputs = carried

@@ -1,4 +1,4 @@
-"""The sequences that an engine holds: keys and values, lengths, sampling."""
+"""The sequences that an engine holds: what their layers remember, lengths, sampling."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from ef_jax.nn import cache_shape
+from ef_jax.nn import cache_shapes
 from ef_jax.runtime.sampling import SamplingArrays, sampling_arrays
 from ef_jax.sampling_options import SamplingOptions
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 
 _NOBODY = (SamplingOptions(), 0)
 _MOST_GROUPS = 64
@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
 
 
 class Rows:
-    """R rows of the key/value caches and what else belongs to the sequence in each.
+    """R rows of the layers' caches and what else belongs to the sequence in each.
 
     Args:
       spec: the model.
@@ -43,7 +43,8 @@ class Rows:
       device: where the arrays are.
 
     Attributes:
-      k, v: one device array a decoder layer, `[R, N, C, hd]` (`cache_shape`); programs donate and replace them.
+      caches: what each decoder layer's mixer remembers, device arrays (`cache_shapes`); programs donate and
+        replace them.
       seen: bool `[R, V]` on the device, tokens of prompt and text so far.
       prompts: each row's prompt.
       number: int64 `[R]`, of the sequence in each row: they are counted as they join.
@@ -65,16 +66,17 @@ class Rows:
 
     def clear(self) -> None:
         """New arrays on the device: what was in them is gone."""
-        cache = cache_shape(self._spec, self.count, self._context)
-        zeros = jax.jit(lambda: jnp.zeros(cache.shape, cache.dtype), out_shardings=self.sharding)
-        self.k = [zeros() for _ in self._spec.layers]
-        self.v = [zeros() for _ in self._spec.layers]
+        self.caches = [self._empty(layer) for layer in self._spec.layers]
         self.seen = jnp.zeros((self.count, self._spec.vocab), bool, device=self.sharding)
+
+    def _empty(self, layer: LayerSpec) -> tuple[jax.Array, ...]:
+        shapes = cache_shapes(self._spec, layer.kind, self.count, self._context)
+        return tuple(jnp.zeros(shape.shape, shape.dtype, device=self.sharding) for shape in shapes)
 
     @property
     def lost(self) -> bool:
         """A program that failed has taken arrays with it."""
-        return any(array.is_deleted() for array in (*self.k, *self.v, self.seen))
+        return any(array.is_deleted() for array in (*jax.tree.leaves(self.caches), self.seen))
 
     def join(self, row: int, prompt: Int32[np.ndarray, "T"], options: SamplingOptions, draw: int) -> None:
         """A new sequence takes a row; what the caches hold of the last one is overwritten as it runs."""

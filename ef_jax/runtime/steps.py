@@ -9,7 +9,7 @@ Arrays of a layer travel as plain lists of leaves; modules are rebuilt inside th
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,10 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS, PROMPT_TILE_ROWS, ExpertKernels
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import LayerSpec, ModelSpec
 from pallas_kernels import grouped_ffn
 
 Leaves = Sequence[jax.Array]
-FFNKind = Literal["moe", "dense"]
 
 
 class Routed(NamedTuple):
@@ -125,26 +124,25 @@ def finish_experts(
 
 def enter_layer(
     spec: ModelSpec,
-    ffn: FFNKind,
+    kind: LayerSpec,
     leaves: Leaves,
     x: Float[Array, "B T D"],
-    k: Shaped[Array, "R N C hd"],
-    v: Shaped[Array, "R N C hd"],
+    cache: tuple[Array, ...],
     positions: Int32[Array, "B T"],
-    window: Int32[Array, ""],
+    reach: Int32[Array, "2"],
     span: int,
     rows: Int32[Array, " B"] | None = None,
-) -> tuple[Routed | Float[Array, "B T D"], Shaped[Array, "R N C hd"], Shaped[Array, "R N C hd"]]:
-    """Attention of a layer over the first `span` positions of the caches' `rows`, then its router, or its whole dense
+) -> tuple[Routed | Float[Array, "B T D"], tuple[Array, ...]]:
+    """The mixer of a layer over the first `span` positions of the cache's `rows`, then its router, or its whole dense
     network.
 
     Returns:
-      `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated keys and values.
+      `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated cache.
     """
-    layer = merge_layer(layer_definition(spec, ffn)[0], leaves)
-    x, k, v = layer.attend(x, k, v, positions, window, span, rows)
-    if ffn == "dense":
-        return layer.finish(x, layer.ffn_input(x)), k, v
+    layer = merge_layer(layer_definition(spec, kind)[0], leaves)
+    x, cache = layer.attend(x, cache, positions, reach, span, rows)
+    if kind.ffn == "dense":
+        return layer.finish(x, layer.ffn_input(x)), cache
     x = jax.lax.optimization_barrier(x)  # the router reads x as it is passed on, rounded
     h, ids, weights = layer.route(x)
-    return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), k, v
+    return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), cache

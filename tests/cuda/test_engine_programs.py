@@ -1,6 +1,7 @@
 """The engine's programs compile for an H100: every kind of layer, prompt chunk and insert."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -75,7 +76,7 @@ def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec,
         look_ahead=None if look is None else looking(spec, look),
     )
     programs.compile_all()
-    kinds = 1 + len(set(zip([x.ffn for x in spec.layers], [x.ffn for x in spec.layers][1:], strict=False)))
+    kinds = 1 + len(set(itertools.pairwise(layer.kind for layer in spec.layers)))
     widths, spans = 1 + len(programs.chunk_widths), len(programs.spans)
     each_chunk = 3 if look else 2  # its wave and its end, and what a correction takes from it
     assert programs.count == widths * spans * kinds + each_chunk * (widths - 1) + 5

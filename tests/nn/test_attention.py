@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from ef_jax import nn
+from ef_jax.spec import LayerSpec
 
 # As the engine runs them; one by one, their operations would each be compiled.
-attend, write_cache = jax.jit(nn.attend), jax.jit(nn.write_cache)
+attend, write_cache = jax.jit(nn.attend, static_argnames="scale"), jax.jit(nn.write_cache)
+ALL = jnp.asarray(nn.reach_of())
 
 
 def inputs(tokens: int, context: int, *, heads: int = 4, kv_heads: int = 2, dtype: str = "float32", batch: int = 2):
@@ -18,44 +20,75 @@ def inputs(tokens: int, context: int, *, heads: int = 4, kv_heads: int = 2, dtyp
     return q, k, v
 
 
-def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
+def within(window: int = 2**30, chunk: int = 2**30) -> jax.Array:
+    return jnp.asarray([window, chunk], jnp.int32)
+
+
+def naive(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    window: int = 2**30,
+    chunk: int = 2**30,
+    sinks: np.ndarray | None = None,
+    scale: float | None = None,
+) -> np.ndarray:
     """One query and one head at a time, in float64, over the visible keys only."""
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
     group = q.shape[2] // k.shape[1]
     for b, t, h in np.ndindex(*q.shape[:3]):
         p = positions[b, t]
-        seen = slice(max(0, p - window + 1), p + 1)
-        scores = k[b, h // group, seen].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights @ v[b, h // group, seen] / weights.sum()
+        seen = slice(max(0, p - window + 1, p // chunk * chunk), p + 1)
+        scores = k[b, h // group, seen].astype(np.float64) @ q[b, t, h] * (scale or q.shape[-1] ** -0.5)
+        weights = np.exp(scores)
+        total = weights.sum() + (0 if sinks is None else np.exp(np.float64(sinks[h])))
+        out[b, t, h] = weights @ v[b, h // group, seen] / total
     return out
 
 
-@pytest.mark.parametrize("window", [1, 3, nn.FULL_WINDOW])
+@pytest.mark.parametrize("window", [1, 3, 2**30])
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 70])
 def test_against_one_query_at_a_time(tokens: int, heads: int, window: int) -> None:
     q, k, v = inputs(tokens, 80, heads=heads)
     positions = np.stack([np.arange(tokens), np.arange(tokens)[::-1] + 9]).astype(np.int32)
-    out = attend(q, k, v, jnp.asarray(positions), jnp.int32(window))
+    out = attend(q, k, v, jnp.asarray(positions), within(window))
     np.testing.assert_allclose(out, naive(*map(np.asarray, (q, k, v)), positions, window), atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_chunks_sinks_scale_and_narrow_values(tokens: int, heads: int) -> None:
+    q, k, v = inputs(tokens, 80, heads=heads)
+    v = v[..., :6]
+    positions = np.stack([np.arange(tokens), np.arange(tokens)[::-1] + 9]).astype(np.int32)
+    sinks = np.linspace(-2, 4, heads, dtype=np.float32)
+    out = attend(q, k, v, jnp.asarray(positions), within(9, 16), scale=0.5, sinks=jnp.asarray(sinks))
+    expected = naive(*map(np.asarray, (q, k, v)), positions, 9, 16, sinks, 0.5)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_reach_of_a_layer() -> None:
+    assert nn.reach_of(LayerSpec(ffn="moe", window=5, chunk=8)).tolist() == [5, 8]
+    assert nn.reach_of(LayerSpec(ffn="moe")).tolist() == nn.reach_of().tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_give_the_bits_of_one_call_a_block(dtype: str) -> None:
     q, k, v = inputs(150, 160, dtype=dtype)
     positions = jnp.broadcast_to(jnp.arange(150, dtype=jnp.int32), (2, 150))
-    whole = attend(q, k, v, positions, jnp.int32(40))
+    whole = attend(q, k, v, positions, within(40))
     for start in (0, 64):
         part = slice(start, start + nn.QUERY_BLOCK)
-        alone = attend(q[:, part], k, v, positions[:, part], jnp.int32(40))
+        alone = attend(q[:, part], k, v, positions[:, part], within(40))
         np.testing.assert_array_equal(whole[:, part], alone)
 
 
 def test_blocks_bound_the_workspace() -> None:
     q, k, v = inputs(512, 512, batch=1)
     positions = jnp.arange(512, dtype=jnp.int32)[None]
-    memory = attend.lower(q, k, v, positions, jnp.int32(nn.FULL_WINDOW)).compile().memory_analysis()
+    memory = attend.lower(q, k, v, positions, ALL).compile().memory_analysis()
     scores = 4 * 512 * 512 * 4  # bytes of all the scores at once
     assert memory.temp_size_in_bytes < scores / 2
 
@@ -63,8 +96,8 @@ def test_blocks_bound_the_workspace() -> None:
 def test_a_lone_bfloat16_row_is_padded_without_effect() -> None:
     q, k, v = inputs(1, 32, heads=2, dtype="bfloat16")
     positions = jnp.asarray([[7], [31]], jnp.int32)
-    out = attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
-    expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), np.asarray(positions), nn.FULL_WINDOW)
+    out = attend(q, k, v, positions, ALL)
+    expected = naive(*(np.asarray(x, np.float32) for x in (q, k, v)), np.asarray(positions))
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03)
 
 
@@ -76,7 +109,7 @@ def test_unseen_blocks_of_keys_change_no_bit(shape: tuple[int, int, int, int], d
     last = np.random.default_rng(1).integers(tokens - 1, nn.KEY_BLOCK, (batch, 1))
     positions = jnp.asarray(last - np.arange(tokens)[::-1], jnp.int32)
     spans = [nn.KEY_BLOCK * blocks for blocks in (1, 2, 3, 4)]
-    least, *others = (attend(q, k[:, :, :n], v[:, :, :n], positions, jnp.int32(nn.FULL_WINDOW)) for n in spans)
+    least, *others = (attend(q, k[:, :, :n], v[:, :, :n], positions, ALL) for n in spans)
     for other in others:
         np.testing.assert_array_equal(other, least)
 
@@ -100,7 +133,7 @@ def test_exponential(power: float) -> None:
 def test_padding_is_finite_and_touches_nothing() -> None:
     q, k, v = inputs(3, 8)
     positions = jnp.asarray([[0, 1, 2], [-1, 0, -1]], jnp.int32)
-    out = attend(q, k, v, positions, jnp.int32(nn.FULL_WINDOW))
+    out = attend(q, k, v, positions, ALL)
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(out[1, 1], v[1, :, 0].repeat(2, axis=0))  # it sees its own position only
     new = jnp.ones((2, 3, 2, 8))

@@ -52,8 +52,8 @@ def forward(decoder: nn.Decoder, spec: ModelSpec, ids: Any, positions: Any, cach
     x = decoder.embed_tokens(ids)
     written = []
     for layer, kind, cache in zip(decoder.layers, spec.layers, caches, strict=True):
-        x, *cache = layer.attend(x, *cache, positions, jnp.int32(kind.window or nn.FULL_WINDOW))
-        written.append(tuple(cache))
+        x, cache = layer.attend(x, cache, positions, jnp.asarray(nn.reach_of(kind)))
+        written.append(cache)
         if kind.ffn == "dense":
             x = layer.finish(x, layer.ffn_input(x))
         else:
@@ -68,8 +68,7 @@ def run(decoder: nn.Decoder, spec: ModelSpec, ids: np.ndarray, positions: np.nda
 
 
 def caches_for(spec: ModelSpec, batch: int, context: int = 24) -> list[Any]:
-    cache = nn.cache_shape(spec, batch, context)
-    return [(jnp.zeros(cache.shape, cache.dtype),) * 2 for _ in spec.layers]
+    return [tuple(map(jnp.zeros_like, nn.cache_shapes(spec, layer.kind, batch, context))) for layer in spec.layers]
 
 
 @pytest.fixture(scope="module")
@@ -166,23 +165,23 @@ def test_select_bias_is_float32() -> None:
 
 def test_one_program_serves_all_layers_of_a_kind() -> None:
     spec = model_spec()
-    graphdef, paths = nn.layer_definition(spec, "moe")
+    graphdef, paths = nn.layer_definition(spec, spec.layers[0])
     shapes = nn.dense_shapes(spec)
     traces = 0
 
     @jax.jit
-    def step(leaves: list[jax.Array], x: jax.Array, k: jax.Array, positions: jax.Array, window: jax.Array) -> Any:
+    def step(leaves: list[jax.Array], x: jax.Array, k: jax.Array, positions: jax.Array, reach: jax.Array) -> Any:
         nonlocal traces
         traces += 1
         layer = nn.merge_layer(graphdef, leaves)
-        x, k, v = layer.attend(x, k, k, positions, window)
+        x, cache = layer.attend(x, (k, k), positions, reach)
         h, ids, weights = layer.route(x)
-        return layer.finish(x, h, h), ids, weights, v
+        return layer.finish(x, h, h), ids, weights, cache
 
     x, k = jnp.ones((1, 1, 32)), jnp.zeros((1, 2, 16, 8))
     for index, window in ((0, 4), (2, 2**30)):
         leaves = [jnp.full(shapes[f"layers.{index}.{path}"].shape, 0.1 * (index + 1)) for path in paths]
-        out, ids, weights, _ = step(leaves, x, k, np.zeros((1, 1), np.int32), np.int32(window))
+        out, ids, weights, _ = step(leaves, x, k, np.zeros((1, 1), np.int32), np.asarray([window, 2**30], np.int32))
         assert (ids.dtype, ids.shape, weights.shape, out.shape) == (jnp.int32, (1, 1, 2), (1, 1, 2), (1, 1, 32))
     assert traces == 1
 
@@ -190,28 +189,28 @@ def test_one_program_serves_all_layers_of_a_kind() -> None:
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_lowers_for_cuda(tokens: int) -> None:
     spec = model_spec(dtype="bfloat16")
-    graphdef, paths = nn.layer_definition(spec, "moe")
+    graphdef, paths = nn.layer_definition(spec, spec.layers[0])
     leaves = [nn.dense_shapes(spec)[f"layers.0.{path}"] for path in paths]
 
-    def step(leaves: list[jax.Array], x: jax.Array, k: jax.Array, positions: jax.Array, window: jax.Array) -> Any:
+    def step(leaves: list[jax.Array], x: jax.Array, cache: Any, positions: jax.Array, reach: jax.Array) -> Any:
         layer = nn.merge_layer(graphdef, leaves)
-        x, k, v = layer.attend(x, k, k, positions, window)
-        return layer.route(x), k, v
+        x, cache = layer.attend(x, cache, positions, reach)
+        return layer.route(x), cache
 
     x = jax.ShapeDtypeStruct((2, tokens, 32), jnp.bfloat16)
-    k = nn.cache_shape(spec, 2, 256)
+    cache = nn.cache_shapes(spec, spec.layers[0], 2, 256)
     positions = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
-    traced = jax.jit(step).trace(leaves, x, k, positions, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = jax.jit(step).trace(leaves, x, cache, positions, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert "stablehlo" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_uneven_router_groups_are_refused() -> None:
     router = RouterSpec(groups=RouterGroups(count=4, keep=1, score="max"))
     with pytest.raises(UnsupportedError, match="6 experts cannot be split into 4"):
-        nn.layer_definition(model_spec(router=router), "moe")
+        nn.layer_definition(model_spec(router=router), LayerSpec(ffn="moe"))
 
 
 def test_dense_layer_without_a_width_is_refused() -> None:
     spec = model_spec(layers=(LayerSpec(ffn="moe"),), dense_width=None)
     with pytest.raises(UnsupportedError, match="dense_width"):
-        nn.layer_definition(spec, "dense")
+        nn.layer_definition(spec, LayerSpec(ffn="dense"))

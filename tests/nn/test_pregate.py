@@ -38,7 +38,7 @@ def build(router: RouterSpec, dtype: Any) -> tuple[ModelSpec, list[nn.DecoderLay
     def leaf(path: str) -> jax.Array:
         return jnp.asarray(("norm" in path) + rng.normal(0, 0.2, shapes[path].shape), shapes[path].dtype)
 
-    definitions = [nn.layer_definition(spec, kind) for kind in kinds]
+    definitions = [nn.layer_definition(spec, layer) for layer in layers]
     leaves = [[leaf(f"layers.{index}.{path}") for path in paths] for index, (_, paths) in enumerate(definitions)]
     modules = [nn.merge_layer(definitions[index][0], leaves[index]) for index in spec.moe_layers]
     return spec, modules, nn.stack_routers(spec, leaves, DISTANCES)

@@ -59,12 +59,12 @@ def test_nothing_compiles_while_decoding(lm):
 def test_pool_and_caches_are_updated_in_place(lm):
     engine = lm._engine
     lm.generate(PROMPT, max_new_tokens=4)
-    pool, k = engine.link.pool.array.unsafe_buffer_pointer(), engine._rows.k[3].unsafe_buffer_pointer()
+    pool, k = engine.link.pool.array.unsafe_buffer_pointer(), engine._rows.caches[3][0].unsafe_buffer_pointer()
     moved = engine.link.bytes_moved
     lm.generate("import os\nimport sys\n\ndef main():", max_new_tokens=40)
     assert engine.link.bytes_moved > moved
     assert engine.link.pool.array.unsafe_buffer_pointer() == pool
-    assert engine._rows.k[3].unsafe_buffer_pointer() == k
+    assert engine._rows.caches[3][0].unsafe_buffer_pointer() == k
 
 
 def test_counts_add_up(lm):

@@ -243,7 +243,7 @@ def test_a_demand_copy_that_never_comes_ends_the_run_in_one_line(models: Emulate
 def test_arrays_that_a_failed_program_took_are_made_anew():
     lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=16)
     engine, expected = lm._engine, lm.generate([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)
-    for array in (engine.link.pool.array, engine._rows.k[3], engine._rows.seen, engine._last):
+    for array in (engine.link.pool.array, engine._rows.caches[3][0], engine._rows.seen, engine._last):
         array.delete()
     engine.recover()
     again = lm.generate([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)
