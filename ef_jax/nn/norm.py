@@ -14,7 +14,7 @@ NormKind = Literal["rms", "rms_f32", "rms_offset", "layer"]
 """What `ModelSpec.norm` says of each."""
 
 
-def unit(x: Float[Array, "*rows D"], kind: NormKind, eps: float | Array) -> Float32[Array, "*rows D"]:
+def unit(x: Float[Array, "*rows D"], kind: NormKind, eps: float) -> Float32[Array, "*rows D"]:
     """`x / rms(x)` in float32, of x less its mean for "layer": what is left to do are weights and bias."""
     x32 = x.astype(jnp.float32)
     if kind == "layer":

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.nn.definition import dense_shapes, layer_definition
-from ef_jax.nn.linear import along_last, matmul_f32
+from ef_jax.nn.linear import along_last, matmul_f32, product_precision
+from ef_jax.nn.norm import normalize
 from ef_jax.nn.router import choice_scores
 from ef_jax.spec import ModelSpec
 
@@ -24,12 +25,14 @@ class RouterStack(NamedTuple):
 
     Attributes:
       norms: in the model's dtype.
-      routers: in the model's dtype.
+      norm_biases: in the model's dtype; None where norms have none.
+      routers: in the routers' own dtype.
       bias: in the model's dtype; None where routers have none.
       select_bias: None where routers have none.
     """
 
     norms: Float[Array, "R D"]
+    norm_biases: Float[Array, "R D"] | None
     routers: Float[Array, "R E D"]
     bias: Float[Array, "R E"] | None
     select_bias: Float32[Array, "R E"] | None
@@ -51,7 +54,7 @@ def stack_routers(spec: ModelSpec, layers: Sequence[Sequence[jax.Array]], distan
         rows = jnp.stack([of_layer[path] for of_layer in leaves])
         return jnp.pad(rows, [(0, distances), *[(0, 0)] * (rows.ndim - 1)])
 
-    names = ("ffn_norm.weight", "router.weight", "router.bias", "router.select_bias")
+    names = ("ffn_norm.weight", "ffn_norm.bias", "router.weight", "router.bias", "router.select_bias")
     return RouterStack._make(map(stack, names))
 
 
@@ -76,7 +79,7 @@ def pregate(
 ) -> Float32[Array, "*rows count E"]:
     """Choice scores that the routers of MoE layers `first` to `first + count - 1` give to a residual stream.
 
-    Everything is rounded as the layer itself rounds it (`rms_norm`, `router_logits`), so that a layer's scores of its
+    Everything is rounded as the layer itself rounds it (`normalize`, `router_logits`), so that a layer's scores of its
     own input choose what it chooses: bit for bit on a CPU, elsewhere but for the order of sums.
 
     Args:
@@ -96,11 +99,9 @@ def pregate(
         return jax.lax.dynamic_slice_in_dim(rows, first, count)
 
     with jax.named_scope("pregate"):
-        x32 = x.astype(jnp.float32)[..., None, :]
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + spec.norm_eps)
-        unit = (x32 * scale).astype(x.dtype)
-        h = along_last(taken(stack.norms), unit) * unit
-        if spec.router.dtype == "f32":
+        biases = None if stack.norm_biases is None else taken(stack.norm_biases)
+        h = normalize(x[..., None, :], taken(stack.norms), biases, kind=spec.norm, eps=spec.norm_eps)
+        if spec.router.exact_logits:
             h = h.astype(jnp.float32)
         logits = _products(h.reshape(-1, *h.shape[-2:]), stack.routers, first).reshape(*h.shape[:-1], -1)
         if stack.bias is not None:
@@ -125,7 +126,8 @@ def _products(
 
     def together(h: Array, routers: Array, first: Array) -> Array:
         taken = jax.lax.dynamic_slice_in_dim(routers, first, count).astype(h.dtype)
-        y = jnp.einsum("mcd,ced->mce", h, taken, preferred_element_type=jnp.float32)
+        exact = product_precision(h.dtype)
+        y = jnp.einsum("mcd,ced->mce", h, taken, precision=exact, preferred_element_type=jnp.float32)
         return y.astype(jnp.float32)
 
     # XLA's CPU products of many matrices add up in another order than those of one, and are slower from 4 rows on.

@@ -16,10 +16,10 @@ def router_logits(
     bias: Float[Array, " E"] | None,
     spec: RouterSpec,
 ) -> Float[Array, "*rows E"]:
-    """Router logits: in x's dtype, or wholly in float32 where the spec says "f32"."""
-    if spec.dtype == "f32":
-        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-    return linear(x, weight, bias)
+    """Router logits: in x's dtype, or wholly in float32 where the spec says so (`RouterSpec.exact_logits`)."""
+    if spec.exact_logits:
+        x = x.astype(jnp.float32)
+    return linear(x, weight.astype(x.dtype), bias)
 
 
 def choice_scores(
@@ -27,8 +27,9 @@ def choice_scores(
 ) -> Float32[Array, "*rows E"]:
     """What the router takes its top-k of.
 
-    It is the logits where nothing is added to the scores and no group is masked, since scores rise with logits; else
-    the scores with the selection bias, every expert outside the best groups at the groups' mask.
+    It is the logits where nothing is added to the scores and no group is masked, since scores rise with logits (a
+    sparse mixer's choices, each the best of those that are left, are their top-k too); else the scores with the
+    selection bias, every expert outside the best groups at the groups' mask.
     """
     raw = logits.astype(jnp.float32)
     if select_bias is None and spec.groups is None:
@@ -44,13 +45,17 @@ def route(
     spec: RouterSpec,
     top_k: int,
     select_bias: Float32[Array, " E"] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
     """Expert ids, best first (equal scores: the lower id first), and their weights.
 
-    Scores are float32. Weights come back in the logits' dtype where `spec.dtype` is "model", else in float32.
+    Scores are float32. Weights come back in the model's `dtype` (None: the logits') where the spec casts them back
+    (`RouterSpec.casts_back`), else in float32.
     """
     chosen, ids = jax.lax.top_k(choice_scores(logits, spec, select_bias), top_k)
-    if spec.order == "topk_then_score":
+    if spec.sparse_mixer is not None:
+        weights = _sparse_mixer(logits, ids, spec.sparse_mixer)
+    elif spec.order == "topk_then_score":
         weights = _score(chosen, spec)
     else:
         weights = jnp.take_along_axis(_score(logits.astype(jnp.float32), spec), ids, axis=-1)
@@ -61,7 +66,32 @@ def route(
         weights = weights / (total + spec.normalize.eps)
     if spec.scale != 1.0:
         weights = weights * spec.scale
-    return ids.astype(jnp.int32), weights.astype(logits.dtype) if spec.dtype == "model" else weights
+    return ids.astype(jnp.int32), weights.astype(dtype or logits.dtype) if spec.casts_back else weights
+
+
+def _sparse_mixer(
+    logits: Float[Array, "*rows E"], ids: Int32[Array, "*rows K"], jitter: float
+) -> Float32[Array, "*rows K"]:
+    """Each choice's share of a softmax over the experts not chosen before whose logits are near its own.
+
+    Near is a distance, relative to the larger of the choice's logit and an expert's size, of at most `2 * jitter`. As
+    in transformers, it is reckoned in the logits' dtype.
+    """
+    info = jnp.finfo(logits.dtype)
+
+    def rounded(x: Array) -> Array:  # XLA may leave out a conversion there and back, but not this
+        return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+    left = logits = logits.astype(jnp.float32)
+    threshold = rounded(jnp.float32(2 * jitter))
+    weights = []
+    for choice in jnp.split(ids, ids.shape[-1], axis=-1):
+        best = jnp.take_along_axis(logits, choice, axis=-1)
+        distance = rounded(rounded(best - logits) / jnp.maximum(jnp.abs(logits), best))
+        near = jnp.where(distance > threshold, -jnp.inf, left)
+        weights.append(jnp.take_along_axis(jax.nn.softmax(near, axis=-1), choice, axis=-1))
+        left = jnp.where(jnp.arange(logits.shape[-1]) == choice, -jnp.inf, left)
+    return jnp.concatenate(weights, axis=-1)
 
 
 def _score(logits: Float32[Array, "*rows E"], spec: RouterSpec) -> Float32[Array, "*rows E"]:
@@ -82,7 +112,10 @@ def _limit_to_groups(choice: Float32[Array, "*rows E"], groups: RouterGroups) ->
 
 
 class Router(nnx.Module):
-    """`weight` [E, D] and, where the spec has them, `bias` [E] and `select_bias` float32 [E]."""
+    """`weight` [E, D] and, where the spec has them, `bias` [E] and `select_bias` float32 [E].
+
+    `dtype` is the model's; the weight's own is what `RouterSpec.weight_dtype` says.
+    """
 
     def __init__(
         self, spec: RouterSpec, *, hidden: int, experts: int, top_k: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
@@ -91,7 +124,8 @@ class Router(nnx.Module):
             raise UnsupportedError(f"{experts} experts cannot be split into {spec.groups.count} equal router groups")
         self.spec = spec
         self.top_k = top_k
-        self.weight = normal_param((experts, hidden), jnp.dtype(dtype), rngs)
+        stored = jnp.float32 if spec.weight_dtype == "float32" else dtype
+        self.weight = normal_param((experts, hidden), jnp.dtype(stored), rngs)
         self.bias = nnx.Param(jnp.zeros((experts,), dtype)) if spec.bias else None
         self.select_bias = nnx.Param(jnp.zeros((experts,), jnp.float32)) if spec.select_bias else None
 
@@ -100,4 +134,4 @@ class Router(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         select_bias = None if self.select_bias is None else self.select_bias[...]
         logits = router_logits(h, self.weight[...], bias, self.spec)
-        return route(logits, self.spec, self.top_k, select_bias)
+        return route(logits, self.spec, self.top_k, select_bias, h.dtype)

@@ -5,6 +5,7 @@ once it has been measured. It is measured on streams that are normed, as routers
 from layer to layer; there a shift of the stream is a shift of the router's logits, one number an expert.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Float32
 from ef_jax.errors import InputError
 from ef_jax.nn import RouterStack, merge_top, top_definition
 from ef_jax.nn.linear import along_last, matmul_f32
+from ef_jax.nn.norm import gain, unit
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.recorder import Serve
 from ef_jax.spec import ModelSpec
 
 
 class ResidualMeans:
-    """Listens to the passes of an engine and adds up residual streams, each divided by its root mean square.
+    """Listens to the passes of an engine and adds up residual streams, each normed as the model does before weights.
 
     Sources are those of `pregate`: 0 the embeddings, l + 1 what the router of MoE layer l reads. The first token of a
     sequence does not count: models park attention on it, and its residual stream is unlike all others (Sun et al. 2024,
@@ -33,7 +35,7 @@ class ResidualMeans:
     """
 
     def __init__(self, spec: ModelSpec, dense: DenseWeights) -> None:
-        self._definition, self._top, self._eps = top_definition(spec)[0], dense.top, spec.norm_eps
+        self._definition, self._top, self._spec = top_definition(spec)[0], dense.top, spec
         self._sums = [jnp.zeros(spec.hidden, jnp.float32)] * (len(spec.moe_layers) + 1)
         self._embed = jax.jit(lambda top, tokens: merge_top(self._definition, top).embed_tokens(tokens))
         self._tokens = 0
@@ -61,7 +63,7 @@ class ResidualMeans:
         return np.stack([np.asarray(total) for total in self._sums]) / np.float32(self._tokens)
 
     def _add(self, source: int, x: jax.Array, counted: np.ndarray) -> None:
-        self._sums[source] = _add_normed(self._sums[source], x, counted, self._eps)
+        self._sums[source] = _add_normed(self._spec, self._sums[source], x, counted)
 
 
 def logit_shifts(
@@ -84,17 +86,16 @@ def logit_shifts(
     for target in range(layers):
         first = max(0, target + 1 - distances)
         ways = jnp.asarray(means[target + 1] - means[first : target + 1])
-        ways = ways * along_last(stack.norms[target].astype(jnp.float32), ways)
+        ways = ways * along_last(gain(stack.norms[target], spec.norm), ways)
         logits = np.asarray(matmul_f32(ways, stack.routers[target].astype(jnp.float32)))
         for source, row in enumerate(logits, first):
             shifts[source, target - source] = row
     return shifts
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _add_normed(
-    total: Float32[Array, " D"], x: Float[Array, "B T D"], counted: Bool[Array, "B T"], eps: float | Array
+    spec: ModelSpec, total: Float32[Array, " D"], x: Float[Array, "B T D"], counted: Bool[Array, "B T"]
 ) -> Float32[Array, " D"]:
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    normed = unit(x, spec.norm, spec.norm_eps)
     return total + jnp.sum(jnp.where(counted[..., None], normed, 0), axis=(0, 1))
