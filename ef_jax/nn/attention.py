@@ -2,12 +2,13 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from ef_jax.nn.exponential import exp_of_negative
 from ef_jax.nn.linear import MIN_ROWS, Linear
@@ -26,6 +27,13 @@ KEY_BLOCK = 256
 zeros, so that its result does not depend on how much of the cache a program reads."""
 
 _ADDED_AT_ONCE = 16
+
+Places = tuple[Int32[Array, "..."], ...]
+"""What is known of each query's place, `[B, T]`: its position, or more. Negative: padding, which sees nothing."""
+
+See = Callable[[Places, Int32[Array, "..."]], tuple[Bool[Array, "..."], Float[Array, "..."] | None]]
+"""Of queries' places and keys' positions that broadcast to `[B, ...]`: which keys a query sees, and what is added to
+its scores, `[B, H, ...]`, or None for nothing."""
 
 
 def reach_of(layer: LayerSpec | None = None) -> Int32[np.ndarray, "2"]:
@@ -92,6 +100,31 @@ def attend(
     blocks. A negative position marks padding: its output is finite and means nothing. C is at most `KEY_BLOCK` or a
     multiple of it; how many blocks there are past p changes no bit of the result.
     """
+
+    def see(places: Places, keys: Int32[Array, "..."]) -> tuple[Bool[Array, "..."], None]:
+        return see_back(places[0], keys, reach), None
+
+    return attend_where(q, k, v, (positions,), see, scale=scale, sinks=sinks, query_block=query_block)
+
+
+def see_back(query: Int32[Array, "..."], keys: Int32[Array, "..."], reach: Int32[Array, "2"]) -> Bool[Array, "..."]:
+    """Which keys a query sees that looks back as far as `reach` says."""
+    window, chunk = reach[0], reach[1]
+    return (keys <= query) & (keys > query - window) & (keys >= query // chunk * chunk)
+
+
+def attend_where(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B N C hd"],
+    v: Float[Array, "B N C vd"],
+    places: Places,
+    see: See,
+    *,
+    scale: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    query_block: int = QUERY_BLOCK,
+) -> Float[Array, "B T H vd"]:
+    """`attend` of queries that see what `see` makes of their places; with a bias, heads have keys of their own."""
     batch, tokens, heads, width = q.shape
     if tokens > query_block:
         padded = tokens + -tokens % query_block
@@ -101,14 +134,14 @@ def attend(
         padded = tokens
     if padded > tokens:
         q = jnp.pad(q, ((0, 0), (0, padded - tokens), (0, 0), (0, 0)))
-        positions = jnp.pad(positions, ((0, 0), (0, padded - tokens)), constant_values=-1)
+        places = tuple(jnp.pad(each, ((0, 0), (0, padded - tokens)), constant_values=-1) for each in places)
     scale = width**-0.5 if scale is None else scale
     if padded <= query_block:
-        return _attend_block(q, k, v, positions, reach, scale, sinks)[:, :tokens]
+        return _attend_block(q, k, v, places, see, scale, sinks)[:, :tokens]
     blocks = padded // query_block
     q = q.reshape(batch, blocks, query_block, heads, width).swapaxes(0, 1)
-    positions = positions.reshape(batch, blocks, query_block).swapaxes(0, 1)
-    out = jax.lax.map(lambda block: _attend_block(block[0], k, v, block[1], reach, scale, sinks), (q, positions))
+    places = tuple(each.reshape(batch, blocks, query_block).swapaxes(0, 1) for each in places)
+    out = jax.lax.map(lambda block: _attend_block(block[0], k, v, block[1], see, scale, sinks), (q, places))
     return out.swapaxes(0, 1).reshape(batch, padded, heads, v.shape[-1])[:, :tokens]
 
 
@@ -116,8 +149,8 @@ def _attend_block(
     q: Float[Array, "B T H hd"],
     k: Float[Array, "B N C hd"],
     v: Float[Array, "B N C vd"],
-    positions: Int32[Array, "B T"],
-    reach: Int32[Array, "2"],
+    places: Places,
+    see: See,
     scale: float,
     sinks: Float[Array, " H"] | None,
 ) -> Float[Array, "B T H vd"]:
@@ -134,10 +167,10 @@ def _attend_block(
     scores = jnp.einsum("bnkrd,bnkcd->bnkrc", rows, k, preferred_element_type=jnp.float32) * scale
 
     keys = jnp.arange(context, dtype=jnp.int32).reshape(1, blocks, 1, block)
-    query = jnp.repeat(positions, group, axis=1)[:, None, :, None]
-    window, chunk = reach[0], reach[1]
-    visible = (keys <= query) & (keys > query - window) & (keys >= query // chunk * chunk)
+    visible, bias = see(tuple(jnp.repeat(each, group, axis=1)[:, None, :, None] for each in places), keys)
     visible = visible[:, None]  # [B, 1, blocks, rows, block]
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
     # Not -inf: a padding row sees nothing, and its softmax must stay finite.
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     highest = scores.max(axis=(2, 4), keepdims=True)
