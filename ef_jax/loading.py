@@ -312,7 +312,7 @@ def _fill(residency: Residency, link: DeviceLink) -> None:
         for first in range(0, len(placed), MAX_INSERT):
             part = placed[first : first + MAX_INSERT]
             link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
-            link.pool.array.block_until_ready()
+            link.pool.latest.block_until_ready()
     link.bytes_moved, link.seconds = 0, 0.0
 
 

@@ -28,7 +28,7 @@ class HostStore:
         self.nbytes = spec.block_bytes * spec.total_experts
 
     def block(self, layer: int, expert: int) -> jax.Array:
-        """The block `[3, F, D]` (bits of 16-bit floats) of MoE layer `layer`."""
+        """The block of an expert of MoE layer `layer`: one array as `ModelSpec.block_format` says, floats as bits."""
         return self._blocks[layer][expert]
 
     @classmethod
@@ -53,12 +53,13 @@ class HostStore:
         """
         spec = checkpoint.spec
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        stored = storage_dtype(spec.dtype)
+        form = spec.block_format
+        stored = storage_dtype(form.dtype)
 
         def read(layer: int, expert: int) -> jax.Array:
-            block = aligned_empty(spec.block_shape, stored)
-            checkpoint.read_block(layer, expert, block.view(np.dtype(jax.numpy.dtype(spec.dtype))))
-            return jax.device_put(block, sharding)
+            block = aligned_empty(form.shape, form.dtype)
+            checkpoint.read_block(layer, expert, block)
+            return jax.device_put(block.view(stored), sharding)
 
         blocks = []
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:

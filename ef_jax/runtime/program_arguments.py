@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.nn import cache_shapes, dense_shapes, finish_paths, layer_definition, top_definition
 from ef_jax.runtime import pass_shapes, steps
 from ef_jax.runtime.look_ahead import LookAheadSpec, look_shapes, state_shape
 from ef_jax.spec import LayerSpec, ModelSpec
-from pallas_kernels import storage_dtype
 
 
 class ProgramArguments:
@@ -65,8 +65,8 @@ class ProgramArguments:
     def _top_leaves(self) -> list[jax.ShapeDtypeStruct]:
         return [self._dense(path) for path in top_definition(self.spec)[1]]
 
-    def _pool(self) -> jax.ShapeDtypeStruct:
-        return self._array((self.pool_slots, *self.spec.block_shape), storage_dtype(self.spec.dtype))
+    def _pool(self) -> Any:
+        return pool_shapes(self.spec.block_format, self.pool_slots, self._sharding)
 
     def _layer_inputs(self, kind: LayerSpec) -> tuple[Any, ...]:
         shapes = cache_shapes(self.spec, kind, self.rows, self.context)

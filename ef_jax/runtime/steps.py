@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32
 
+from ef_jax.memory.slot_pool import Slots
 from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS, PROMPT_TILE_ROWS, ExpertKernels
+from ef_jax.runtime.slot_weights import slot_weights
 from ef_jax.spec import LayerSpec, ModelSpec
 from pallas_kernels import grouped_ffn
 
@@ -51,7 +53,7 @@ def run_experts(
     spec: ModelSpec,
     kernels: ExpertKernels,
     routed: Routed,
-    pool: Shaped[Array, "S 3 F D"],
+    pool: Slots,
     slot_row: Int32[Array, "E"],
     out: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
@@ -63,8 +65,10 @@ def run_experts(
     Returns:
       One row a token and expert, in the order that `combine_step` takes them.
     """
+    weights, biases = slot_weights(spec, pool)
     run = functools.partial(
         grouped_ffn,
+        biases=biases,
         activation=spec.experts.activation,
         tile_rows=DECODE_TILE_ROWS,
         out=out,
@@ -75,9 +79,9 @@ def run_experts(
         if _single(routed):
             ids = routed.ids.reshape(-1)
             x = jnp.broadcast_to(routed.h.reshape(1, -1), (ids.shape[0], routed.h.shape[-1]))
-            return run(x, pool, jnp.where(ids < 0, -1, slot_row[ids]), None)
+            return run(x, weights, jnp.where(ids < 0, -1, slot_row[ids]), None)
         rows = sort_rows(routed, spec.experts.count)
-        return run(rows.rows, pool, slot_row, rows.sizes)
+        return run(rows.rows, weights, slot_row, rows.sizes)
 
 
 def combine_step(spec: ModelSpec, routed: Routed, outputs: Float[Array, "M D"]) -> Float[Array, "B T D"]:
@@ -97,16 +101,18 @@ def run_wave(
     kernels: ExpertKernels,
     rows: SortedRows,
     out: Float[Array, "M D"],
-    pool: Shaped[Array, "S 3 F D"],
+    pool: Slots,
     slot_row: Int32[Array, "E"],
 ) -> Float[Array, "M D"]:
     """Outputs of the experts that `slot_row` gives a slot; other rows keep what `out` holds."""
+    weights, biases = slot_weights(spec, pool)
     with jax.named_scope("wave"):
         return grouped_ffn(
             rows.rows,
-            pool,
+            weights,
             slot_row,
             rows.sizes,
+            biases=biases,
             activation=spec.experts.activation,
             tile_rows=PROMPT_TILE_ROWS,
             out=out,

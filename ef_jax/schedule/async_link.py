@@ -261,7 +261,7 @@ class AsyncLink(DeviceLink):
     def _idle(self) -> bool:
         """Every copy is across, as far as can be seen: before the first of a layer, or once the slots are filled."""
         last = next(reversed(self._flight.values()), None)
-        return self._burst.blocks == 0 or ((last is None or is_ready(last.block)) and is_ready(self.pool.array))
+        return self._burst.blocks == 0 or ((last is None or is_ready(last.block)) and is_ready(self.pool.latest))
 
     def _end_of(self, burst: _Burst) -> float:
         return burst.began + burst.blocks * self._meter.block_seconds

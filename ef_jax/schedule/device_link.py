@@ -92,14 +92,14 @@ class DeviceLink:
         began = time.perf_counter()
         self._insert(blocks, slots)
         if self.timeline is not None and blocks:
-            self.pool.array.block_until_ready()
+            self.pool.latest.block_until_ready()
             self._show_demand(self._demanded_at, time.perf_counter())
         self.seconds += time.perf_counter() - began
 
     def settle(self) -> None:
         """Wait, where copies hold device memory of their own, until every block handed to `finish` is in its slot."""
         if self.mode == "async":
-            self.pool.array.block_until_ready()
+            self.pool.latest.block_until_ready()
 
     def _insert(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
         try:

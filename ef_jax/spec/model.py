@@ -1,22 +1,23 @@
 """A whole model, layer by layer."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.spec._check import from_plain, require
+from ef_jax.spec.block_format import BlockFormat, block_format
 from ef_jax.spec.experts import ExpertSpec, SharedExpertSpec
-from ef_jax.spec.mixers import AttentionSpec, DeltaNetSpec, LatentAttentionSpec
+from ef_jax.spec.mixers import AttentionSpec, DeltaNetSpec, LatentAttentionSpec, RelativeAttentionSpec
 from ef_jax.spec.router import RouterSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
-    """One decoder layer.
+    """One layer.
 
     Attributes:
       ffn: routed experts or a dense feed-forward network.
+      stack: the decoder, or the encoder of a model that has one.
       mixer: the model's attention, or its linear recurrence (`ModelSpec.delta_net`).
       window: a token sees so many positions up to its own; None: all.
       chunk: a token sees the positions of its own aligned run of so many, up to its own; None: all.
@@ -24,6 +25,7 @@ class LayerSpec:
     """
 
     ffn: Literal["moe", "dense"]
+    stack: Literal["decoder", "encoder"] = "decoder"
     mixer: Literal["attention", "delta_net"] = "attention"
     window: int | None = None
     chunk: int | None = None
@@ -41,9 +43,11 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """A decoder-only MoE language model.
+    """An MoE language model: a decoder, or a decoder that reads what an encoder makes of the prompt.
 
     Attributes:
+      layers: the decoder's, then the encoder's, if there is one.
+      decoder_start: the token that a decoder with an encoder begins with; None: there is no encoder.
       norm: "rms" rounds to the model's dtype before it multiplies by the weight, "rms_f32" after; "rms_offset"
         multiplies by 1 + weight, in float32; "layer" is LayerNorm, with a bias.
       embed_scale: factor on token embeddings.
@@ -60,7 +64,7 @@ class ModelSpec:
     tie_embeddings: bool
     dtype: Literal["bfloat16", "float16", "float32"]
     layers: tuple[LayerSpec, ...]
-    attention: AttentionSpec | LatentAttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec | RelativeAttentionSpec
     router: RouterSpec
     experts: ExpertSpec
     shared: SharedExpertSpec | None = None
@@ -71,6 +75,7 @@ class ModelSpec:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     head_bias: bool = False
+    decoder_start: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -85,11 +90,60 @@ class ModelSpec:
             )
         if any(layer.mixer == "delta_net" for layer in self.layers):
             require(self.delta_net is not None, "layers with a delta net need a delta_net, got None")
+        if self.experts.quantization == "mxfp4":
+            width, hidden = self.experts.width, self.hidden
+            require(width % 32 == 0, f"mxfp4 experts must have a multiple of 32 as width, got {width}")
+            require(hidden % 64 == 0, f"mxfp4 experts must have a multiple of 64 as hidden size, got {hidden}")
+
+        if self.decoder_start is not None or any(layer.stack == "encoder" for layer in self.layers):
+            self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        """What must hold of a decoder with an encoder."""
+        start, decoder, encoder = self.decoder_start, self.step_layers, self.prompt_layers
+        require(
+            start is not None and 0 <= start < self.vocab,
+            f"a decoder with an encoder begins with a token of its vocabulary, got {start}",
+        )
+        require(
+            bool(decoder) and bool(encoder) and decoder[-1] < encoder[0],
+            "a model with an encoder has decoder layers and then encoder layers",
+        )
+        require(bool(self.step_moe_layers), "the decoder has no MoE layer")
+        require(
+            isinstance(self.attention, RelativeAttentionSpec),
+            "a decoder with an encoder must have relative attention",
+        )
+        require(
+            self.dtype != "float16",
+            "a decoder with an encoder is not run in float16, whose range it was not trained for: use bfloat16",
+        )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether there is an encoder."""
+        return self.decoder_start is not None
+
+    @property
+    def step_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that a decode step runs, in order."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.stack == "decoder")
+
+    @property
+    def prompt_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that a prompt runs through, in order: the encoder's, where there is one."""
+        stack = "encoder" if self.encodes else "decoder"
+        return tuple(i for i, layer in enumerate(self.layers) if layer.stack == stack)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the decoder layers that have routed experts, in order."""
+        """Indices of the layers that have routed experts, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.ffn == "moe")
+
+    @property
+    def step_moe_layers(self) -> tuple[int, ...]:
+        """Those of them that a decode step runs: the first ones."""
+        return tuple(i for i in self.moe_layers if self.layers[i].stack == "decoder")
 
     @property
     def total_experts(self) -> int:
@@ -98,8 +152,8 @@ class ModelSpec:
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
-        """Shape of one packed expert block: gate, up, transposed down."""
-        return (3, self.experts.width, self.hidden)
+        """Shape of one expert's packed weights: gate (where there is one), up, transposed down."""
+        return (3 if self.experts.gated else 2, self.experts.width, self.hidden)
 
     @property
     def itemsize(self) -> int:
@@ -107,9 +161,15 @@ class ModelSpec:
         return 4 if self.dtype == "float32" else 2
 
     @property
+    def block_format(self) -> BlockFormat:
+        """What one expert block is made of, as stored."""
+        experts = self.experts
+        return block_format(self.block_shape, self.dtype, quantization=experts.quantization, bias=experts.bias)
+
+    @property
     def block_bytes(self) -> int:
-        """Bytes of one expert block."""
-        return math.prod(self.block_shape) * self.itemsize
+        """Bytes of one expert block, as stored."""
+        return self.block_format.nbytes
 
     def as_dict(self) -> dict[str, Any]:
         """The spec as plain JSON types; `from_dict` reads it back."""

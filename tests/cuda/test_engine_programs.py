@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks
+from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks, pool_shapes
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.runtime.expert_kernels import choose_kernels
 from ef_jax.runtime.look_ahead import LookAheadSpec
@@ -46,6 +46,17 @@ QWEN2_LIKE = dataclasses.replace(
     shared=SharedExpertSpec(width=256, gated=True),
     dense_width=512,
 )
+GPT_OSS_LIKE = dataclasses.replace(
+    QWEN3_LIKE,
+    hidden=2880,
+    layers=(LayerSpec(ffn="moe", window=128), LayerSpec(ffn="moe")),
+    attention=AttentionSpec(
+        heads=64, kv_heads=8, head_dim=64, rope=RopeSpec(theta=1e5, dim=64), qkv_bias=True, out_bias=True, sinks=True
+    ),
+    router=RouterSpec(order="topk_then_score", bias=True),
+    experts=ExpertSpec(count=32, top_k=4, width=2880, activation="clamped_swiglu", bias=True, quantization="mxfp4"),
+    norm="rms_f32",
+)
 SLOTS = 512
 
 
@@ -62,8 +73,19 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     return LookAheadSpec(distances=2, correction=correction)
 
 
-@pytest.mark.parametrize("look", [None, False, True], ids=["", "pregate", "corrected"])
-@pytest.mark.parametrize("spec", [QWEN3_LIKE, QWEN2_LIKE], ids=["moe", "dense-and-shared"])
+@pytest.mark.parametrize(
+    ("spec", "look"),
+    [
+        *itertools.product((QWEN3_LIKE, QWEN2_LIKE), (None, False, True)),
+        (GPT_OSS_LIKE, False),
+        (dataclasses.replace(GPT_OSS_LIKE, experts=dataclasses.replace(GPT_OSS_LIKE.experts, quantization=None)), None),
+    ],
+    ids=[
+        *("-".join(names) for names in itertools.product(("moe", "dense-and-shared"), ("no", "pregate", "corrected"))),
+        "mxfp4-and-biases",
+        "biases",
+    ],
+)
 def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec, look: bool | None) -> None:
     programs = Programs(
         spec,
@@ -84,12 +106,15 @@ def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec,
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
-def test_inserts_update_the_pool_in_place(kind: aot.MemoryKind) -> None:
-    dtype = storage_dtype("bfloat16")
-    pool = aot.abstract((64, *QWEN3_LIKE.block_shape), dtype)
-    blocks = [aot.abstract(QWEN3_LIKE.block_shape, dtype, kind)] * MAX_INSERT
+@pytest.mark.parametrize("spec", [QWEN3_LIKE, GPT_OSS_LIKE], ids=["one-array", "several"])
+def test_inserts_update_the_pool_in_place(spec: ModelSpec, kind: aot.MemoryKind) -> None:
+    form = spec.block_format
+    pool = pool_shapes(form, 64, aot.sharding())
+    blocks = [aot.abstract(form.shape, storage_dtype(form.dtype), kind)] * MAX_INSERT
     where = jax.ShapeDtypeStruct((MAX_INSERT,), np.int32)
-    memory = aot.compile_for_h100(insert_blocks, pool, blocks, where, donate_argnums=0).memory_analysis()
-    assert memory.alias_size_in_bytes == 64 * QWEN3_LIKE.block_bytes
-    assert memory.host_argument_size_in_bytes == (kind == "pinned_host") * MAX_INSERT * QWEN3_LIKE.block_bytes
-    assert memory.temp_size_in_bytes <= MAX_INSERT * QWEN3_LIKE.block_bytes + 4096
+    memory = aot.compile_for_h100(
+        insert_blocks, form, pool, blocks, where, static_argnums=0, donate_argnums=1
+    ).memory_analysis()
+    assert memory.alias_size_in_bytes == 64 * spec.block_bytes
+    assert memory.host_argument_size_in_bytes == (kind == "pinned_host") * MAX_INSERT * spec.block_bytes
+    assert memory.temp_size_in_bytes <= MAX_INSERT * (spec.block_bytes + 4096)

@@ -1,0 +1,123 @@
+"""What an expert block is made of, byte by byte: the same in a converted checkpoint, on the host and on the link.
+
+A block is one contiguous run of bytes. In most models it is one array of floats, the packed weights; quantized blocks
+and those with biases are several arrays one after another, each on a boundary of 64 bytes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the names of the dtypes)
+import numpy as np
+
+_ALIGNMENT = 64
+_MXFP4_GROUP = 32
+
+_Contents = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPart:
+    """One array of a block: its name, shape and dtype, and its first byte.
+
+    "uint8" are two 4-bit weights a byte, "float8_e8m0fnu" powers of two that scale them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + self.nbytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFormat:
+    """The arrays of a block, in order.
+
+    A block as a whole is an array of `shape` and `dtype`: the array itself where there is only one, else flat, of the
+    dtype that all of them have, or of bytes.
+    """
+
+    parts: tuple[BlockPart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block: up to a boundary of 64, unless it is one array."""
+        end = self.parts[-1].end
+        return end if len(self.parts) == 1 else _aligned(end)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a block as one array."""
+        return self.parts[0].shape if len(self.parts) == 1 else (self.nbytes // self.dtype.itemsize,)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of a block as one array."""
+        dtypes = {part.dtype for part in self.parts}
+        return self.parts[0].dtype if len(dtypes) == 1 else np.dtype(np.uint8)
+
+    def split(self, block: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts of a block by name, as views of it: `block` is C-contiguous, of `shape` and `dtype`."""
+        flat = block.reshape(-1).view(np.uint8)
+        return {part.name: flat[part.offset : part.end].view(part.dtype).reshape(part.shape) for part in self.parts}
+
+    def clear_gaps(self, block: np.ndarray) -> None:
+        """Zeros between the parts of a block and after the last."""
+        flat = block.reshape(-1).view(np.uint8)
+        ends = [part.end for part in self.parts]
+        for end, start in zip(ends, [*(part.offset for part in self.parts[1:]), self.nbytes], strict=True):
+            flat[end:start] = 0
+
+
+@functools.lru_cache(maxsize=64)
+def block_format(
+    weights: tuple[int, int, int], dtype: str, *, quantization: str | None = None, bias: bool = False
+) -> BlockFormat:
+    """The format of blocks of packed `weights` `[P, F, D]`, the last of the P matrices the transposed down projection.
+
+    Args:
+      weights: their shape.
+      dtype: of weights that are not quantized, and of biases.
+      quantization: how the weights are stored; None: as `dtype`.
+      bias: the projections have biases.
+    """
+    parts, width, hidden = weights
+    contents: _Contents = (("weights", weights, dtype),) if quantization is None else _QUANTIZED[quantization](weights)
+    if bias:
+        names = ("gate_bias", "up_bias") if parts == 3 else ("up_bias",)
+        contents += (*((name, (width,), dtype) for name in names), ("down_bias", (hidden,), dtype))
+    placed: list[BlockPart] = []
+    for name, shape, kind in contents:
+        offset = _aligned(placed[-1].end) if placed else 0
+        placed.append(BlockPart(name=name, shape=shape, dtype=np.dtype(kind), offset=offset))
+    return BlockFormat(parts=tuple(placed))
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT
+
+
+def _mxfp4(weights: tuple[int, int, int]) -> _Contents:
+    """Column d and column d + D/2 in a byte, a scale for 32 weights along the axis that is summed over."""
+    parts, width, hidden = weights
+    return (
+        ("values", (parts, width, hidden // 2), "uint8"),
+        ("gate_up_scales", (parts - 1, width, hidden // _MXFP4_GROUP), "float8_e8m0fnu"),
+        ("down_scales", (width // _MXFP4_GROUP, hidden), "float8_e8m0fnu"),
+    )
+
+
+_QUANTIZED: dict[str, Callable[[tuple[int, int, int]], _Contents]] = {"mxfp4": _mxfp4}
