@@ -5,12 +5,14 @@ from ef_jax.nn.attention import QUERY_BLOCK as QUERY_BLOCK
 from ef_jax.nn.attention import attend as attend
 from ef_jax.nn.attention import reach_of as reach_of
 from ef_jax.nn.attention import write_cache as write_cache
+from ef_jax.nn.capacity import within_capacity as within_capacity
 from ef_jax.nn.decoder import Decoder as Decoder
 from ef_jax.nn.decoder import DecoderLayer as DecoderLayer
 from ef_jax.nn.decoder import TokenEnds as TokenEnds
 from ef_jax.nn.definition import dense_shapes as dense_shapes
 from ef_jax.nn.definition import finish_paths as finish_paths
 from ef_jax.nn.definition import layer_definition as layer_definition
+from ef_jax.nn.definition import leaf_names as leaf_names
 from ef_jax.nn.definition import merge_finish as merge_finish
 from ef_jax.nn.definition import merge_layer as merge_layer
 from ef_jax.nn.definition import merge_top as merge_top

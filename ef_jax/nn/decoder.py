@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from ef_jax.errors import UnsupportedError
 from ef_jax.nn.ffn import GatedFFN
 from ef_jax.nn.linear import Linear, along_last, matmul_f32, normal_param
-from ef_jax.nn.mixer import make_mixer
+from ef_jax.nn.mixer import make_mixer, make_reader
 from ef_jax.nn.norm import make_norm
 from ef_jax.nn.router import Router
 from ef_jax.spec import LayerSpec, ModelSpec
@@ -26,6 +26,8 @@ class DecoderLayer(nnx.Module):
         self.residual_scale = spec.residual_scale
         self.attn_norm = make_norm(spec, spec.hidden)
         self.attn = make_mixer(spec, kind, rngs)
+        self.cross = make_reader(spec, kind, rngs)
+        self.cross_norm = None if self.cross is None else make_norm(spec, spec.hidden)
         self.ffn_norm = make_norm(spec, spec.hidden)
         moe, shared = kind.ffn == "moe", spec.shared
         if not moe and spec.dense_width is None:
@@ -70,7 +72,10 @@ class DecoderLayer(nnx.Module):
         """
         with jax.named_scope("attend"):
             out, cache = self.attn(self.attn_norm(x), cache, positions, reach, span, rows)
-            return self._add(x, out), cache
+            x = self._add(x, out)
+            if self.cross is not None and self.cross_norm is not None:
+                x = self._add(x, self.cross(self.cross_norm(x), cache, positions, rows))
+            return x, cache
 
     def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The normed residual stream that router, experts and dense network read."""
@@ -115,6 +120,7 @@ class TokenEnds(nnx.Module):
         self.embed_scale, self.logits_divisor = spec.embed_scale, spec.logits_divisor
         self.embed = Embedding(spec, rngs=rngs)
         self.norm = make_norm(spec, spec.hidden)
+        self.encoder_norm = make_norm(spec, spec.hidden) if spec.encodes else None
         self.head = (
             None
             if spec.tie_embeddings

@@ -16,7 +16,9 @@ from ef_jax.spec import LayerSpec, ModelSpec
 
 _M = TypeVar("_M", bound=nnx.Module)
 
-_ENDS = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+_ENDS = ("norm.weight", "norm.bias", "encoder_norm.weight", "encoder_norm.bias", "head.weight", "head.bias")
+_OF_STACK = ("attn.bias.weight",)
+"""Leaves that all layers of a stack share; those of its first are in checkpoints."""
 
 
 def layer_definition(spec: ModelSpec, kind: LayerSpec) -> tuple[nnx.GraphDef[DecoderLayer], tuple[str, ...]]:
@@ -54,12 +56,19 @@ def merge_top(graphdef: nnx.GraphDef[TokenEnds], leaves: Sequence[jax.Array]) ->
     return nnx.graph.unflatten(graphdef, list(leaves))
 
 
+def leaf_names(spec: ModelSpec, index: int) -> tuple[str, ...]:
+    """The arrays of `dense_shapes` that are a layer's leaves, in the order of `layer_definition`."""
+    first = spec.step_layers[0] if spec.layers[index].stack == "decoder" else spec.prompt_layers[0]
+    paths = layer_definition(spec, spec.layers[index])[1]
+    return tuple(f"layers.{first if path in _OF_STACK else index}.{path}" for path in paths)
+
+
 def dense_shapes(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of every array but the routed experts, in model order. Nothing is allocated."""
     top = _top(spec)[1]
     shapes = {"embed.weight": top["embed.weight"]}
     for index, layer in enumerate(spec.layers):
-        shapes |= {f"layers.{index}.{path}": shape for path, shape in _layer(spec, layer.kind)[1].items()}
+        shapes |= dict(zip(leaf_names(spec, index), _layer(spec, layer.kind)[1].values(), strict=True))
     return shapes | {path: top[path] for path in _ENDS if path in top}
 
 

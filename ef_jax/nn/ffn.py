@@ -1,4 +1,4 @@
-"""Gated feed-forward networks over one packed block: gate, up and transposed down, `[3, F, D]`."""
+"""Feed-forward networks over one packed block: gate, up and transposed down, `[3, F, D]`, or without the gate."""
 
 from collections.abc import Callable
 
@@ -18,23 +18,31 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-def ffn(x: Float[Array, "M D"], block: Float[Array, "3 F D"], activation: Activation) -> Float[Array, "M D"]:
-    """`down(act(gate(x)) * up(x))` in x's dtype; float32 inside, the product rounded once before `down`."""
+def ffn(x: Float[Array, "M D"], block: Float[Array, "P F D"], activation: Activation) -> Float[Array, "M D"]:
+    """`down(act(gate(x)) * up(x))` in x's dtype; float32 inside, the product rounded once before `down`.
+
+    A block of two parts has no gate: `down(act(up(x)))`.
+    """
     rows, width = x.shape[0], block.shape[1]
     if x.dtype.itemsize == 2 and rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
-    gate_up = matmul_f32(x, block[:2].reshape(2 * width, -1))
-    hidden = (ACTIVATIONS[activation](gate_up[:, :width]) * gate_up[:, width:]).astype(x.dtype)
-    return jnp.matmul(hidden, block[2], preferred_element_type=jnp.float32)[:rows].astype(x.dtype)
+    projected = matmul_f32(x, block[:-1].reshape(-1, block.shape[2]))
+    hidden = ACTIVATIONS[activation](projected[:, :width])
+    if len(block) == 3:
+        hidden = hidden * projected[:, width:]
+    return jnp.matmul(hidden.astype(x.dtype), block[-1], preferred_element_type=jnp.float32)[:rows].astype(x.dtype)
 
 
 class GatedFFN(nnx.Module):
-    """A dense layer's network or a shared expert; `gated`: the output is scaled by a sigmoid of the input."""
+    """A dense layer's network or a shared expert, with a gate where the experts have one.
+
+    `gated`: the output is scaled by a sigmoid of the input.
+    """
 
     def __init__(self, spec: ModelSpec, width: int, *, gated: bool = False, rngs: nnx.Rngs):
         dtype = jnp.dtype(spec.dtype)
         self.activation = spec.experts.activation
-        self.block = normal_param((3, width, spec.hidden), dtype, rngs)
+        self.block = normal_param((3 if spec.experts.gated else 2, width, spec.hidden), dtype, rngs)
         self.gate = Linear(spec.hidden, 1, dtype=dtype, rngs=rngs) if gated else None
 
     def __call__(self, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

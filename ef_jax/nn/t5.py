@@ -99,8 +99,8 @@ class FeedForward(nnx.Module):
 class PositionBias(nnx.Module):
     """`weight` [kinds, H]: what each head adds to its scores by kind of relative position."""
 
-    def __init__(self, kinds: int, heads: int):
-        self.weight = nnx.Param(jnp.zeros((kinds, heads)))
+    def __init__(self, kinds: int, heads: int, dtype: jax.typing.DTypeLike = jnp.float32):
+        self.weight = nnx.Param(jnp.zeros((kinds, heads), dtype))
 
     def __call__(self, kinds: Int[Array, "#B T C"]) -> Float[Array, "#B H T C"]:
         return self.weight[...][kinds].transpose(0, 3, 1, 2)

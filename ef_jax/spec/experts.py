@@ -13,6 +13,8 @@ class ExpertSpec:
     """The routed experts of one MoE layer: E of them, K a token, width F. One expert block is `[3, F, D]`.
 
     Attributes:
+      gated: `down(act(gate(x)) * up(x))`, in dense layers too; else `down(act(up(x)))`, in blocks of `[2, F, D]`
+        (Switch Transformers).
       bias: the projections have biases.
       scale_input: the router's weight scales an expert's input, not its output (Llama 4).
       quantization: how the checkpoint stores the blocks, and so the host and the slots; None: in the model's dtype.
@@ -22,6 +24,7 @@ class ExpertSpec:
     top_k: int
     width: int
     activation: Activation = "silu"
+    gated: bool = True
     bias: bool = False
     scale_input: bool = False
     quantization: Literal["mxfp4"] | None = None
@@ -29,6 +32,10 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         require(self.count > 0, f"experts must be positive, got {self.count}")
         require(self.width > 0, f"expert width must be positive, got {self.width}")
+        require(
+            self.gated or (self.activation != "clamped_swiglu" and not self.bias and self.quantization is None),
+            "experts without a gate have a plain activation, no biases and are not quantized",
+        )
         require(0 < self.top_k <= self.count, f"top-k must be between 1 and {self.count} experts, got {self.top_k}")
 
 

@@ -112,3 +112,29 @@ class DeltaNetSpec:
     def conv_channels(self) -> int:
         """Channels that the convolution runs over: queries, keys, values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RelativeAttentionSpec:
+    """T5's attention (arXiv 1910.10683): a learned bias by relative position is added to scores that are not scaled.
+
+    Distances fall into `buckets` kinds, ever coarser ones up to `max_distance`, in encoders half of them for what comes
+    later. All layers of a stack share the bias of its first.
+    """
+
+    heads: int
+    head_dim: int
+    buckets: int
+    max_distance: int
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "max_distance"):
+            require(getattr(self, name) > 0, f"attention {name} must be positive, got {getattr(self, name)}")
+        require(
+            self.buckets > 0 and self.buckets % 4 == 0,
+            f"relative position buckets must be a positive multiple of 4, got {self.buckets}",
+        )
+        require(
+            self.max_distance > self.buckets // 2,
+            f"relative positions must reach beyond {self.buckets // 2}, half of the buckets, got {self.max_distance}",
+        )

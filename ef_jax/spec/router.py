@@ -46,6 +46,9 @@ class RouterSpec:
       weight_dtype: of the router's stored matrix: the model's, or float32.
       sparse_mixer: jitter of Phi-MoE's sparse mixer, which takes the weight of each choice from a softmax over the
         logits within a threshold of it (arXiv 2409.12136); None: not.
+      rounded_choice: the choice is made by the scores rounded to the model's dtype (Switch Transformers).
+      capacity: tokens of a sequence that an expert takes in one pass over them; later ones have no expert (Switch
+        Transformers, arXiv 2101.03961). None: all.
     """
 
     score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
@@ -58,6 +61,8 @@ class RouterSpec:
     dtype: Literal["model", "model_keep_f32", "f32", "f32_cast_back"] = "model"
     weight_dtype: Literal["model", "float32"] = "model"
     sparse_mixer: float | None = None
+    rounded_choice: bool = False
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -69,6 +74,12 @@ class RouterSpec:
             self.sparse_mixer is None or (self.groups is None and not self.select_bias and self.normalize is None),
             "a sparse mixer takes neither groups nor a selection bias, and does not normalise",
         )
+
+        require(
+            not self.rounded_choice or (self.order == "score_then_topk" and self.groups is None),
+            "a router that chooses by rounded scores scores before top-k and has no groups",
+        )
+        require(self.capacity is None or self.capacity > 0, f"expert capacity must be positive, got {self.capacity}")
 
     @property
     def casts_back(self) -> bool:
