@@ -15,9 +15,11 @@ from ef_jax.runtime.programs import Programs
 from ef_jax.spec import (
     AttentionSpec,
     ExpertSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
     RopeSpec,
+    RouterGroups,
     RouterNormalize,
     RouterSpec,
     SharedExpertSpec,
@@ -57,6 +59,28 @@ GPT_OSS_LIKE = dataclasses.replace(
     experts=ExpertSpec(count=32, top_k=4, width=2880, activation="clamped_swiglu", bias=True, quantization="mxfp4"),
     norm="rms_f32",
 )
+DEEPSEEK_V3_LIKE = dataclasses.replace(
+    QWEN3_LIKE,
+    layers=(LayerSpec(ffn="dense"), LayerSpec(ffn="moe"), LayerSpec(ffn="moe")),
+    attention=LatentAttentionSpec(
+        heads=16,
+        query_rank=192,
+        kv_rank=128,
+        nope_dim=64,
+        value_dim=64,
+        rope=RopeSpec(theta=1e4, dim=32, interleaved=True),
+    ),
+    router=RouterSpec(
+        score="sigmoid",
+        select_bias=True,
+        groups=RouterGroups(count=4, keep=2, score="top2_sum"),
+        normalize=RouterNormalize(eps=1e-20),
+        scale=2.5,
+        dtype="f32",
+    ),
+    shared=SharedExpertSpec(width=256, gated=False),
+    dense_width=512,
+)
 SLOTS = 512
 
 
@@ -77,11 +101,13 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     ("spec", "look"),
     [
         *itertools.product((QWEN3_LIKE, QWEN2_LIKE), (None, False, True)),
+        (DEEPSEEK_V3_LIKE, False),
         (GPT_OSS_LIKE, False),
         (dataclasses.replace(GPT_OSS_LIKE, experts=dataclasses.replace(GPT_OSS_LIKE.experts, quantization=None)), None),
     ],
     ids=[
         *("-".join(names) for names in itertools.product(("moe", "dense-and-shared"), ("no", "pregate", "corrected"))),
+        "latent-attention-and-groups",
         "mxfp4-and-biases",
         "biases",
     ],
