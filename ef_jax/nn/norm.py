@@ -75,10 +75,3 @@ class Norm(nnx.Module):
 def make_norm(spec: ModelSpec, width: int) -> Norm:
     """A norm as the model's layers have them (`ModelSpec.norm`), over `width` elements."""
     return Norm(width, kind=spec.norm, eps=spec.norm_eps, dtype=jnp.dtype(spec.dtype))
-
-
-class RMSNorm(Norm):
-    """A norm of kind "rms"."""
-
-    def __init__(self, width: int, eps: float, dtype: jax.typing.DTypeLike):
-        super().__init__(width, kind="rms", eps=eps, dtype=dtype)

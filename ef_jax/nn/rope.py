@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.nn.linear import along_last
-from ef_jax.spec import ModelSpec, RopeSpec
+from ef_jax.spec import ModelSpec, RelativeAttentionSpec, RopeSpec
 
 
 def settle_rope(spec: ModelSpec, context: int) -> ModelSpec:
@@ -19,6 +19,8 @@ def settle_rope(spec: ModelSpec, context: int) -> ModelSpec:
     before. Every sequence that is all on one side of `original_max_position` is the same here, if the context is on
     that side too.) Models of other kinds of rope come back as they are.
     """
+    if isinstance(spec.attention, RelativeAttentionSpec):
+        return spec
     rope = spec.attention.rope
     if rope.kind != "longrope" or rope.original_max_position is None:
         return spec
@@ -57,14 +59,12 @@ def apply_rope(
     x: Float[Array, "B T H hd"],
     cos: Float32[Array, "B T half"],
     sin: Float32[Array, "B T half"],
-    spec: RopeSpec | None = None,
+    spec: RopeSpec,
 ) -> Float[Array, "B T H hd"]:
     """Rotate the pairs among the first `spec.dim` elements of every head; the others pass.
 
     Pairs are `(x[i], x[i + dim/2])`, or neighbours `(x[2i], x[2i + 1])` where interleaved, and stay where they are.
     """
-    if spec is None:
-        spec = RopeSpec(theta=1.0, dim=x.shape[-1])
     dtype = jnp.dtype(jnp.float32) if spec.precise else x.dtype
     cos, sin = (table.astype(dtype)[:, :, None] for table in (cos, sin))
     turned = x[..., : spec.dim].astype(dtype)

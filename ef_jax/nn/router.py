@@ -90,7 +90,7 @@ def _sparse_mixer(
         distance = rounded(rounded(best - logits) / jnp.maximum(jnp.abs(logits), best))
         near = jnp.where(distance > threshold, -jnp.inf, left)
         weights.append(jnp.take_along_axis(jax.nn.softmax(near, axis=-1), choice, axis=-1))
-        left = jnp.where(jnp.arange(logits.shape[-1]) == choice, -jnp.inf, left)
+        left = jnp.where(along_last(jnp.arange(logits.shape[-1]), left) == choice, -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1)
 
 
