@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from bench import _report
-from ef_jax.families import spec_from_config
+from ef_jax.families import FAMILIES, spec_from_config
 from ef_jax.memory.sizes import parse_bytes
-from ef_jax.weights.hf_layout import FAMILY_NAMES, Layout
+from ef_jax.weights.layout import Layout
 
 SHARD_BYTES = 1_000_000_000
 _BUFFER_VALUES = 1 << 24
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = dataclasses.asdict(Synthetic())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("destination", metavar="DST", help="directory to write; must not exist")
-    parser.add_argument("--family", choices=tuple(FAMILY_NAMES), default=defaults["family"])
+    parser.add_argument("--family", choices=tuple(FAMILIES), default=defaults["family"])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bytes", type=parse_bytes, help="size to come close to, by the number of layers")
     size.add_argument("--layers", type=_report.positive, default=defaults["layers"])

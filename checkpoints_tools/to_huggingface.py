@@ -13,9 +13,9 @@ from ef_jax.errors import CheckpointError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, plain_file_name, read_json_object, read_text_file
-from ef_jax.weights.dtypes import CODE_OF_NAME, WEIGHT_DTYPES, as_bytes
-from ef_jax.weights.hf_layout import Piece
+from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, as_bytes, holds_exactly
 from ef_jax.weights.huggingface import copy_rows
+from ef_jax.weights.layout import Piece
 from ef_jax.weights.manifest import HEADERS_FILE
 from ef_jax.weights.safetensors import TensorEntry, parse_header
 
@@ -57,8 +57,8 @@ def _write_file(
 ) -> None:
     file.write(struct.pack("<Q", len(header)))
     file.write(header)
-    for name in tensors:
-        for part in origin.parts(name):
+    for name, entry in tensors.items():
+        for part in origin.parts(name, entry.dtype):
             file.write(as_bytes(part))
             progress.update(part.nbytes)
 
@@ -82,19 +82,18 @@ class _Origin:
         self._block = np.empty(spec.block_shape, WEIGHT_DTYPES[spec.dtype])
         self._held: tuple[_Key, np.ndarray] | None = None
 
-    def parts(self, tensor: str) -> Iterator[np.ndarray]:
-        """The tensor's bytes, as contiguous arrays in order; each is valid until the next."""
+    def parts(self, tensor: str, code: str) -> Iterator[np.ndarray]:
+        """The tensor's bytes in dtype `code`, as contiguous arrays in order; each is valid until the next."""
         if tensor in self._source.manifest.extra:
             yield self._source.read_extra(tensor)
             return
         for piece, key in self._pieces[tensor]:
             view = piece.view(self._array(key))
-            if piece.transposed:
+            if piece.axes is not None:
                 part = np.empty(piece.shape, view.dtype)
                 copy_rows(view, part)
-                yield part
-            else:
-                yield view
+                view = part
+            yield view.astype(DTYPE_OF_CODE[code], copy=False)
 
     def _array(self, key: _Key) -> np.ndarray:
         # A file names an expert's three tensors in a row, so that holding one array saves most reads.
@@ -119,12 +118,17 @@ def _headers(path: Path) -> dict[str, bytes]:
 
 def _check_tensors(source: ConvertedCheckpoint, stored: dict[str, TensorEntry]) -> None:
     """Refuse headers that do not describe exactly the arrays that the checkpoint holds."""
-    code = CODE_OF_NAME[source.spec.dtype]
+    dtype = source.spec.dtype
     expected = source.layout.tensors()
     if source.spec.tie_embeddings and "lm_head.weight" in stored:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     extra = source.manifest.extra
-    weights = {name: (entry.dtype, entry.shape) for name, entry in stored.items() if name not in extra}
+    weights = {name: entry for name, entry in stored.items() if name not in extra}
     buffers = {name: entry.nbytes for name, entry in stored.items() if name in extra}
-    if weights != {name: (code, shape) for name, shape in expected.items()} or buffers != extra:
+    fits = weights.keys() == expected.keys() and all(
+        entry.shape == expected[name].shape
+        and holds_exactly(expected[name].dtype or dtype, entry.dtype, widens=expected[name].dtype is not None)
+        for name, entry in weights.items()
+    )
+    if not fits or buffers != extra:
         raise CheckpointError(f"{str(source.path)!r}: {SOURCE}/{HEADERS_FILE} and source/config.json disagree")

@@ -35,7 +35,7 @@ from ef_jax.errors import CheckpointError, InputError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import DENSE, SOURCE, block_name, layer_dir
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, read_text_file
-from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, WEIGHT_DTYPES, as_bytes, check_dtype_name
+from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, WEIGHT_DTYPES, as_bytes, check_dtype_name, holds_exactly
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.manifest import HEADERS_FILE, NAME, Manifest, is_converted, read_manifest
 from ef_jax.weights.safetensors import SafetensorsFile, parse_json
@@ -66,7 +66,8 @@ def convert_to_orbax(
       CheckpointError: the source cannot be read or holds NaN; the destination is removed.
       InputError: the destination cannot be used or written. What was finished of it stays, for resuming.
     """
-    headers = {name: _header_in_dtype(source, file) for name, file in source.files.items()}
+    read = {name: file for name, file in source.files.items() if file.tensors.keys() - set(source.unused)}
+    headers = {name: _header_in_dtype(source, file) for name, file in read.items()}
     files = _source_files(source, headers, converts=dtype is not None)
     arrays = len(source.layout.dense) + len(source.extra) + source.spec.total_experts
     weights_bytes = sum(_tensor_bytes(header) for header in headers.values())
@@ -247,28 +248,42 @@ def _source_files(source: HuggingFaceCheckpoint, headers: dict[str, bytes], conv
             "torch_dtype": source.spec.dtype
         }
         files["config.json"] = _json(config)
-        if INDEX_FILE in files:
-            index = parse_json(files[INDEX_FILE])
-            index["metadata"] = {"total_size": sum(_tensor_bytes(header) for header in headers.values())}
-            files[INDEX_FILE] = _json(index)
+    if INDEX_FILE in files and (converts or source.unused):
+        index = parse_json(files[INDEX_FILE])
+        index["metadata"] = {"total_size": sum(_tensor_bytes(header) for header in headers.values())}
+        index["weight_map"] = {k: name for k, name in index["weight_map"].items() if k not in source.unused}
+        files[INDEX_FILE] = _json(index)
     texts = {name: header.decode() for name, header in headers.items()}
     return files | {HEADERS_FILE: json.dumps(texts).encode()}
 
 
 def _header_in_dtype(source: HuggingFaceCheckpoint, file: SafetensorsFile) -> bytes:
-    """The file's header with its weights in the dtype they are converted to; as it is if nothing changes."""
-    code = CODE_OF_NAME[source.spec.dtype]
-    kept = {name for name in source.extra if name != _HEAD}
-    if all(entry.dtype == code for name, entry in file.tensors.items() if name not in kept):
+    """The file's header without unused tensors and with the weights in the dtypes that they are held in, or narrower
+    ones that they are the same in; as it is if nothing changes."""
+    codes = {
+        name: _code(source, name, entry.dtype) for name, entry in file.tensors.items() if name not in source.unused
+    }
+    if codes == {name: entry.dtype for name, entry in file.tensors.items()}:
         return file.header
-    header: dict[str, Any] = parse_json(file.header)
+    whole: dict[str, Any] = parse_json(file.header)
+    header = {"__metadata__": whole["__metadata__"]} if "__metadata__" in whole else {}
     end = 0
-    for name, entry in file.tensors.items():
-        dtype = entry.dtype if name in kept else code
-        start, end = end, end + math.prod(entry.shape) * BITS_OF_CODE[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+    for name, code in codes.items():
+        shape = file.tensors[name].shape
+        start, end = end, end + math.prod(shape) * BITS_OF_CODE[code] // 8
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
+
+
+def _code(source: HuggingFaceCheckpoint, name: str, stored: str) -> str:
+    """The dtype that a tensor has in the converted checkpoint's headers, and so on the way back."""
+    if name in source.extra and name != _HEAD:
+        return stored
+    held = source.expected[name].dtype if name in source.expected else None
+    if held is None:
+        return CODE_OF_NAME[source.spec.dtype]
+    return stored if holds_exactly(held, stored, widens=True) else CODE_OF_NAME[held]
 
 
 def _tensor_bytes(header: bytes) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from ef_jax.errors import CheckpointError, InputError
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, has_nonfinite
-from ef_jax.weights.hf_layout import Layout
+from ef_jax.weights.layout import Layout
 
 
 class Checkpoint(abc.ABC):

@@ -12,7 +12,7 @@ from ef_jax.errors import CheckpointError
 from ef_jax.weights.checkpoint import Checkpoint, check_finite
 from ef_jax.weights.directory import tokenizer_dir
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName
-from ef_jax.weights.hf_layout import Layout
+from ef_jax.weights.layout import Layout
 from ef_jax.weights.manifest import Manifest, read_manifest
 from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.zarr_array import read_raw_array
@@ -65,7 +65,8 @@ class ConvertedCheckpoint(Checkpoint):
 
     def read_dense(self, name: str) -> np.ndarray:
         """One array of our `layout.dense`, unchecked for NaN."""
-        array = np.empty(self.layout.dense[name].shape, WEIGHT_DTYPES[self.spec.dtype])
+        source = self.layout.dense[name]
+        array = np.empty(source.shape, WEIGHT_DTYPES[source.dtype or self.spec.dtype])
         self._read(self.path / DENSE, name, array)
         return array
 

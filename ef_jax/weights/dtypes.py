@@ -46,6 +46,13 @@ def check_dtype_name(name: str) -> DtypeName:
     return cast(DtypeName, name)
 
 
+def holds_exactly(name: str, code: str, *, widens: bool) -> bool:
+    """Whether a weight stored as `code` is the same in dtype `name`: it has that dtype, or a narrower one of floats
+    where it may be widened."""
+    stored = DTYPE_OF_CODE.get(code)
+    return code == CODE_OF_NAME[name] or (widens and name == "float32" and stored is not None and stored.itemsize == 2)
+
+
 def as_bits(array: np.ndarray) -> np.ndarray:
     """The same memory as unsigned integers: numpy moves these several times faster than bfloat16."""
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ef_jax._config_quantization import Fp8Blocks
+from ef_jax.families._quantization import Fp8Blocks
 from ef_jax.weights.dtypes import as_bytes
 
 SCALE_SUFFIX = "_scale_inv"

@@ -1,6 +1,7 @@
 """Reads a Hugging Face model directory: config.json and safetensors, in one file or in shards."""
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -9,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from ef_jax.errors import CheckpointError
-from ef_jax.spec import ModelSpec
 from ef_jax.weights.checkpoint import Checkpoint, Scratch, check_finite
 from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_object, tokenizer_dir
-from ef_jax.weights.dtypes import CODE_OF_NAME, DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits
-from ef_jax.weights.hf_layout import Layout, Piece, stored_experts
+from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits, holds_exactly
+from ef_jax.weights.layout import Expected, Layout, Piece, family_names, stored_experts
 from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.safetensors import SafetensorsFile
 
+_LOG = logging.getLogger("ef_jax")
 _SINGLE = "model.safetensors"
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.[0-9]{1,6}\.self_attn\.)?rotary_emb\.inv_freq")
 _HEAD = "lm_head.weight"
@@ -31,6 +32,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     Attributes:
       files: the open safetensors files, by file name.
       extra: names of tensors that carry no weights of their own: rotary buffers, a tied head's copy.
+      expected: the tensors that hold the model's weights, by name.
+      unused: names of tensors of other parts of the model, which are not read: vision towers, heads for more tokens.
     """
 
     format = "huggingface"
@@ -55,18 +58,20 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             self._open_files()
             self._file_of = {name: file for file in self.files.values() for name in file.tensors}
-            self.layout = Layout(self.spec, stored_experts(self.spec, self._file_of))
-            expected = self.layout.tensors()
-            self.extra = _check_names(path, expected, set(self._file_of), self.spec)
-            self._check_tensors(expected, converts=dtype is not None)
+            names = family_names(self.spec)
+            self.layout = Layout(self.spec, stored_experts(self.spec, names, self._file_of))
+            self.expected = self.layout.tensors()
+            self.extra, self.unused = _check_names(path, self.expected, set(self._file_of), self.layout)
+            self._check_tensors(self.expected, converts=dtype is not None)
         except BaseException:
             self.close()
             raise
-        self.nbytes = sum(file.data_bytes for file in self.files.values())
+        unused = sum(self._file_of[name].tensors[name].nbytes for name in self.unused)
+        self.nbytes = sum(file.data_bytes for file in self.files.values()) - unused
 
     def dense(self) -> Iterator[tuple[str, np.ndarray]]:
         for name, source in self.layout.dense.items():
-            array = np.empty(source.shape, WEIGHT_DTYPES[self.spec.dtype])
+            array = np.empty(source.shape, WEIGHT_DTYPES[source.dtype or self.spec.dtype])
             for piece in source.pieces:
                 self._read_piece(piece, array)
             check_finite(array, f"{' + '.join(piece.tensor for piece in source.pieces)!r}", self.path)
@@ -107,9 +112,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             tensor, name = next(iter(dict(stored).items() ^ weight_map.items()), stored[0])
             raise CheckpointError(f"{str(self.path)!r}: its index and its shards disagree about {tensor!r} in {name!r}")
 
-    def _check_tensors(self, expected: dict[str, tuple[int, ...]], converts: bool) -> None:
-        code = CODE_OF_NAME[self.spec.dtype]
-        for name, shape in expected.items():
+    def _check_tensors(self, expected: dict[str, Expected], converts: bool) -> None:
+        for name, (shape, dtype) in expected.items():
             entry = self._file_of[name].tensors[name]
             if entry.shape != shape:
                 raise CheckpointError(
@@ -120,7 +124,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                     f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}; only float weights"
                     f" ({', '.join(DTYPE_OF_CODE)}) can be read"
                 )
-            if entry.dtype != code and not converts:
+            if not converts and not holds_exactly(dtype or self.spec.dtype, entry.dtype, widens=dtype is not None):
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}, config.json says {self.spec.dtype};"
                     f" ask for a dtype to convert"
@@ -144,7 +148,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         dtype = DTYPE_OF_CODE[file.tensors[piece.tensor].dtype]
         place = piece.view(array)
         start = piece.start * dtype.itemsize
-        if dtype == array.dtype and not piece.transposed:
+        if dtype == array.dtype and piece.axes is None:
             file.read(piece.tensor, place, start)
             return
         row_bytes = math.prod(piece.shape[1:]) * dtype.itemsize
@@ -166,15 +170,22 @@ def copy_rows(source: np.ndarray, target: np.ndarray) -> None:
         target[first : first + step] = source[first : first + step]
 
 
-def _check_names(path: Path, expected: dict[str, tuple[int, ...]], present: set[str], spec: ModelSpec) -> list[str]:
-    """The names of acceptable tensors beyond the expected ones; raises for any other difference."""
+def _check_names(
+    path: Path, expected: dict[str, Expected], present: set[str], layout: Layout
+) -> tuple[list[str], list[str]]:
+    """The names beyond the expected ones of `extra` and of `unused` tensors; raises for any other difference."""
     if missing := sorted(expected.keys() - present):
         raise CheckpointError(f"{str(path)!r} lacks {_listed(missing)}")
+    spec = layout.spec
     beyond = sorted(present - expected.keys())
     extra = [name for name in beyond if _ROTARY_BUFFER.fullmatch(name) or (name == _HEAD and spec.tie_embeddings)]
-    if unexpected := sorted(set(beyond) - set(extra)):
+    left = sorted(set(beyond) - set(extra))
+    unused = [name for name in left if layout.is_unused(name)]
+    if unexpected := sorted(set(left) - set(unused)):
         raise CheckpointError(f"{str(path)!r} holds tensors that {spec.family} has no use for: {_listed(unexpected)}")
-    return extra
+    if unused:
+        _LOG.info("%s of other parts of the model are not read: %s", repr(str(path)), _listed(unused))
+    return extra, unused
 
 
 def _listed(names: list[str]) -> str:

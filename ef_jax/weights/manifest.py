@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ef_jax.errors import CheckpointError
+from ef_jax.families import ExpertLayout
 from ef_jax.weights.directory import plain_file_name, read_json_object
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName, check_dtype_name
-from ef_jax.weights.hf_layout import ExpertLayout
 
 NAME = "manifest.json"
 FORMAT = "ef_jax-checkpoint"

@@ -105,6 +105,10 @@ class ConfigFields:
         """Whether the field is present and not null."""
         return self._values.get(name) is not None
 
+    def has_read(self, name: str) -> bool:
+        """Whether somebody has asked for the field."""
+        return name in self._read
+
     def must_be(self, name: str, allowed: Iterable[object], why: str) -> None:
         """Refuse any value but those allowed; an absent field passes."""
         if name in self._values and not any(_same(self._values[name], value) for value in allowed):

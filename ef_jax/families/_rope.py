@@ -1,10 +1,11 @@
 """Reading the rotary embedding of a `config.json`, in both spellings that transformers has had."""
 
+import dataclasses
 import functools
 from typing import Literal
 
-from ef_jax._config_fields import ConfigFields
 from ef_jax.errors import UnsupportedError
+from ef_jax.families._fields import ConfigFields
 from ef_jax.spec import RopeSpec
 
 _ROPE_DEFAULTS: dict[str, object] = {"rope_type": "default", "truncate": True}
@@ -17,13 +18,19 @@ _ROPE_KINDS: dict[str | None, Literal["default", "linear", "yarn", "llama3"]] = 
 }
 
 
-def rope_from_config(fields: ConfigFields, dim: int) -> RopeSpec:
+def rope_from_config(
+    fields: ConfigFields, width: int, *, rotary: str | None = None, interleaved: bool = False, precise: bool = False
+) -> RopeSpec:
     """The rope of a config: `rope_parameters` (transformers 5), or `rope_scaling` beside a `rope_theta` (4).
 
     Args:
       fields: the whole config.
-      dim: head width.
+      width: of a head, or of what is rotated of it.
+      rotary: the field with the share of a head that is rotated; None: all of it.
+      interleaved: see `RopeSpec`.
+      precise: see `RopeSpec`.
     """
+    part = fields.optional_number(rotary) if rotary else None
     theta = fields.number("rope_theta")
     original = fields.optional_integer("original_max_position_embeddings")
     context = fields.integer("max_position_embeddings")
@@ -33,17 +40,23 @@ def rope_from_config(fields: ConfigFields, dim: int) -> RopeSpec:
         if not values:
             continue
         inner = ConfigFields(values, _ROPE_DEFAULTS | {"rope_theta": theta}, prefix=f"{name}.")
-        found.append(_rope_spec(inner, original, context, dim))
+        share = (inner.optional_number("partial_rotary_factor") if rotary else None) or part or 1.0
+        inner.must_be(
+            "partial_rotary_factor", (None, share), "rotating only a part of each head is not supported in this family"
+        )
+        spec = _rope_spec(inner, original, context, int(width * share))
+        found.append(dataclasses.replace(spec, interleaved=interleaved, precise=precise))
         if fields.given("rope_theta") and found[-1].theta != theta:
             raise UnsupportedError(f"rope_theta is {theta:g} but {name}.rope_theta is {found[-1].theta:g}")
     if len(set(found)) > 1:
         raise UnsupportedError("rope_parameters and rope_scaling describe different embeddings: they must agree")
-    return found[0] if found else RopeSpec(theta=theta, dim=dim)
+    if found:
+        return found[0]
+    return RopeSpec(theta=theta, dim=int(width * (part or 1.0)), interleaved=interleaved, precise=precise)
 
 
 def _rope_spec(fields: ConfigFields, original: int | None, context: int, dim: int) -> RopeSpec:
     kind = fields.choice("rope_type", "type", choices=_ROPE_KINDS)
-    fields.must_be("partial_rotary_factor", (None, 1.0), "rotating only a part of each head is not supported")
     theta = fields.number("rope_theta")
     base = functools.partial(RopeSpec, kind=kind, theta=theta, dim=dim)
     if kind == "default":

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ef_jax._config_fields import ConfigFields, show
 from ef_jax.errors import UnsupportedError
+from ef_jax.families._fields import ConfigFields, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
