@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ef_jax import nn
+from ef_jax.nn.norm import NormKind
 from ef_jax.spec import LayerSpec, ModelSpec, RouterGroups, RouterNormalize, RouterSpec
 from tests.nn.test_decoder import model_spec
 
@@ -24,15 +25,22 @@ ROUTERS = {
     "f32": RouterSpec(dtype="f32", groups=RouterGroups(count=3, keep=2, score="max", mask=0.0)),
     "sigmoid_groups": RouterSpec(score="sigmoid", select_bias=True, groups=GROUPS, dtype="f32"),
     "sqrt_softplus": RouterSpec(score="sqrt_softplus", select_bias=True, bias=True),
+    "cast_back": RouterSpec(select_bias=True, dtype="f32_cast_back", weight_dtype="float32"),
+    "sparse_mixer": RouterSpec(sparse_mixer=0.01),
+    "sigmoid_after": RouterSpec(order="topk_then_score", score="sigmoid"),
 }
 
+NORMS: tuple[NormKind, ...] = ("rms", "rms_f32", "rms_offset", "layer")
 
-def build(router: RouterSpec, dtype: Any) -> tuple[ModelSpec, list[nn.DecoderLayer], nn.RouterStack]:
+
+def build(
+    router: RouterSpec, dtype: Any, norm: NormKind = "rms"
+) -> tuple[ModelSpec, list[nn.DecoderLayer], nn.RouterStack]:
     """A random model's spec, its four MoE layers, which have dense ones between them, and its routers."""
     kinds: tuple[Literal["moe", "dense"], ...] = ("dense", "moe", "moe", "dense", "moe", "moe")
     layers = tuple(LayerSpec(ffn=kind) for kind in kinds)
     experts = dataclasses.replace(model_spec().experts, count=12, top_k=3)
-    spec = model_spec(router=router, dtype=dtype, layers=layers, experts=experts, hidden=64)
+    spec = model_spec(router=router, dtype=dtype, layers=layers, experts=experts, hidden=64, norm=norm)
     rng, shapes = np.random.default_rng(1), nn.dense_shapes(spec)
 
     def leaf(path: str) -> jax.Array:
@@ -49,17 +57,21 @@ def residual(spec: ModelSpec, *rows: int) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "rows"),
+    ("kind", "norm", "dtype", "rows"),
     [
-        *((kind, "bfloat16", (2, 9)) for kind in ROUTERS),
-        ("softmax", "bfloat16", (1, 1)),
-        ("norm_topk", "float32", (1, 1)),
-        ("norm_topk", "float32", (1, 70)),
-        ("sigmoid_groups", "float32", (2, 9)),
+        *((kind, "rms", "bfloat16", (2, 9)) for kind in ROUTERS),
+        *(("cast_back", norm, "bfloat16", (2, 9)) for norm in NORMS[1:]),
+        *(("sparse_mixer", norm, "float32", (1, 1)) for norm in NORMS[1:]),
+        ("softmax", "rms", "bfloat16", (1, 1)),
+        ("softmax", "layer", "bfloat16", (1, 1)),
+        ("norm_topk", "rms", "float32", (1, 1)),
+        ("norm_topk", "rms", "float32", (1, 70)),
+        ("norm_topk", "layer", "float32", (1, 70)),
+        ("sigmoid_groups", "rms", "float32", (2, 9)),
     ],
 )
-def test_every_layer_as_its_own_modules_choose(kind: str, dtype: str, rows: tuple[int, int]) -> None:
-    spec, layers, stack = build(ROUTERS[kind], dtype)
+def test_every_layer_as_its_own_modules_choose(kind: str, norm: NormKind, dtype: str, rows: tuple[int, int]) -> None:
+    spec, layers, stack = build(ROUTERS[kind], dtype, norm)
     x, top_k = residual(spec, *rows), spec.experts.top_k
     expected = np.stack(jax.jit(lambda x: [layer.route(x)[1] for layer in layers])(x), axis=-2)
     run = jax.jit(lambda x, first: nn.pregate(spec, stack, x, first, DISTANCES + 1))
@@ -73,11 +85,29 @@ def test_every_layer_as_its_own_modules_choose(kind: str, dtype: str, rows: tupl
 
 
 def test_shapes_without_arrays() -> None:
-    for kind in ("softmax", "topk_then_score", "sigmoid_groups"):
-        spec, _, stack = build(ROUTERS[kind], "bfloat16")
+    for kind, norm in zip(("softmax", "topk_then_score", "sigmoid_groups", "cast_back"), NORMS, strict=True):
+        spec, _, stack = build(ROUTERS[kind], "bfloat16", norm)
         assert stack.routers.shape == (4 + DISTANCES, 12, 64)
         described = jax.tree.map(lambda a: (a.shape, a.dtype), (stack, nn.router_stack_shapes(spec, DISTANCES)))
         assert described[0] == described[1]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 9), (3, 40)])
+def test_scores_bit_for_bit(norm: NormKind, rows: tuple[int, int]) -> None:
+    """Not only the choice: at distance 0 the logits are the layer's own."""
+    spec, layers, stack = build(ROUTERS["sparse_mixer"], "float32", norm)
+    x = residual(spec, *rows)
+    for place, layer in enumerate(layers):
+        router = layer.router
+        assert router is not None
+        ours = jax.jit(lambda x, place=place: nn.pregate(spec, stack, x, jnp.int32(place), 1)[..., 0, :])(x)
+        own = jax.jit(
+            lambda x, layer=layer, router=router: nn.router_logits(
+                layer.ffn_input(x), router.weight[...], None, spec.router
+            )
+        )(x)
+        np.testing.assert_array_equal(ours, own)
 
 
 def test_scores_are_what_the_router_chooses_by() -> None:
