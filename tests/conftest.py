@@ -47,6 +47,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with EF_JAX_TEST_GPU=1 where jax sees one")
+    if item.get_closest_marker("slow") and os.environ.get("EF_JAX_TEST_SLOW") != "1":
+        pytest.skip("run with EF_JAX_TEST_SLOW=1")
     if item.get_closest_marker("cuda_compile") and (reason := aot.missing()):
         pytest.skip(reason)
 

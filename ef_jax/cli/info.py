@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def _model(path: Path) -> "tuple[ModelSpec, dict[str, Any]]":
-    from ef_jax.nn import dense_shapes
+    from ef_jax.memory.parameters import count_parameters
     from ef_jax.weights import open_checkpoint
     from ef_jax.weights.directory import tokenizer_dir
 
@@ -45,8 +45,7 @@ def _model(path: Path) -> "tuple[ModelSpec, dict[str, Any]]":
             spec = checkpoint.spec
             has_tokenizer = checkpoint.tokenizer_dir is not None
             stored = {"format": checkpoint.format, "stored_bytes": checkpoint.nbytes, "tokenizer": has_tokenizer}
-    dense = sum(shape.size for shape in dense_shapes(spec).values())
-    block = spec.block_bytes // spec.itemsize
+    parameters = count_parameters(spec)
     return spec, {
         "path": str(path),
         **stored,
@@ -61,10 +60,10 @@ def _model(path: Path) -> "tuple[ModelSpec, dict[str, Any]]":
         "experts_per_token": spec.experts.top_k,
         "expert_width": spec.experts.width,
         "experts": spec.total_experts,
-        "parameters": dense + spec.total_experts * block,
-        "active_parameters": dense + len(spec.moe_layers) * spec.experts.top_k * block,
-        "dense_bytes": dense * spec.itemsize,
-        "expert_bytes": spec.total_experts * spec.block_bytes,
+        "parameters": parameters.total,
+        "active_parameters": parameters.active,
+        "dense_bytes": parameters.dense_bytes,
+        "expert_bytes": parameters.expert_bytes,
         "block_bytes": spec.block_bytes,
     }
 
