@@ -22,7 +22,7 @@ from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
-from ef_jax.nn import dense_shapes
+from ef_jax.nn import dense_shapes, settle_rope
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.predict import History, Predictor, Pregate
@@ -135,6 +135,7 @@ def load(
             spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch,
             sequences=sequences, context=context, chunk=chunk,
         )  # fmt: skip
+        spec = settle_rope(spec, request.context)
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
         overlaps = mode == "async" or emulated is not None
