@@ -1,0 +1,130 @@
+"""Gated DeltaNet (arXiv 2412.06464) as Qwen3-Next has it: a recurrent state a head instead of keys and values."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from ef_jax.nn import versions
+from ef_jax.nn.delta_rule import delta_chunks, delta_step, unit_vectors
+from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.gates import sigmoid, silu, softplus
+from ef_jax.nn.linear import Linear, along_last, normal_param
+from ef_jax.nn.norm import rms_norm
+from ef_jax.spec import DeltaNetSpec, ModelSpec
+from pallas_kernels import from_storage, storage_dtype, to_storage
+
+
+def delta_net_cache(spec: ModelSpec, delta_net: DeltaNetSpec, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of what one layer remembers of `rows` sequences, however long they are.
+
+    Two versions each (`ef_jax.nn.versions`) of the convolution's last inputs, 16-bit floats as their bits, and of the
+    recurrent states, float32 `[R, 2, Hv, dk, dv]`; and the tokens that they have seen.
+    """
+    net = delta_net
+    inputs = (rows, 2, net.conv_width - 1, net.conv_channels)
+    states = (rows, 2, net.value_heads, net.key_dim, net.value_dim)
+    return (
+        jax.ShapeDtypeStruct(inputs, storage_dtype(spec.dtype)),
+        jax.ShapeDtypeStruct(states, jnp.float32),
+        versions.seen_shape(rows),
+    )
+
+
+def causal_conv(x: Float[Array, "B W C"], weight: Float[Array, "C 1 w"]) -> Float[Array, "B T C"]:
+    """Each channel's last w values up to each token, weighted; then SiLU. The first w - 1 tokens only lead in."""
+    width = weight.shape[-1]
+    tokens = x.shape[1] - width + 1
+    taps = weight.astype(jnp.float32)
+    total = along_last(taps[:, 0, 0], x) * x[:, :tokens]
+    for tap in range(1, width):
+        total = total + along_last(taps[:, 0, tap], x) * x[:, tap : tap + tokens]
+    return silu(total.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedDeltaNet(nnx.Module):
+    """Projection, causal convolution, gated delta rule, gated norm, output; called as `Attention` is.
+
+    `in_proj` gives queries, keys, values, output gates, rates and decays, all heads of each together. `a_log` and
+    `dt_bias` [Hv] and the norm's weight [dv] are float32, as released models have them.
+    """
+
+    def __init__(self, spec: ModelSpec, delta_net: DeltaNetSpec, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(spec.dtype)
+        values = delta_net.value_heads * delta_net.value_dim
+        self.spec = delta_net
+        self.eps = spec.norm_eps
+        self.in_proj = Linear(
+            spec.hidden, delta_net.conv_channels + values + 2 * delta_net.value_heads, dtype=dtype, rngs=rngs
+        )
+        self.conv = normal_param((delta_net.conv_channels, 1, delta_net.conv_width), dtype, rngs)
+        self.a_log = nnx.Param(jnp.zeros((delta_net.value_heads,), jnp.float32))
+        self.dt_bias = nnx.Param(jnp.ones((delta_net.value_heads,), jnp.float32))
+        self.norm = nnx.Param(jnp.ones((delta_net.value_dim,), jnp.float32))
+        self.out_proj = Linear(values, spec.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: tuple[Array, ...],
+        positions: Int32[Array, "B T"],
+        reach: Int32[Array, "2"],
+        span: int | None = None,
+        rows: Int32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+        """The mixed tokens and the states after them; see `DecoderLayer.attend`.
+
+        A sequence's tokens of a call follow one another, padding last. From position 0 on they start from nothing, else
+        from the states after the tokens before them, which must have run. `reach` and `span` mean nothing here.
+        """
+        inputs, states, seen = cache
+        net, real = self.spec, positions >= 0
+        places, seen = versions.find(seen, positions, rows)
+        channels, values = net.conv_channels, net.value_heads * net.value_dim
+        mixed, gate, rate, step = jnp.split(
+            self.in_proj(x), (channels, channels + values, channels + values + net.value_heads), axis=-1
+        )
+        window = jnp.concatenate([from_storage(versions.read(inputs, places), x.dtype), mixed], axis=1)
+        inputs = versions.write(inputs, to_storage(_last_inputs(window, places.tokens, net.conv_width)), places)
+        query, key, value = self._heads(causal_conv(window, self.conv[...]))
+        # A rate in the model's dtype, as transformers rounds it; padding has no rate and no decay.
+        rate = sigmoid(rate.astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
+        step = softplus(step.astype(jnp.float32) + along_last(self.dt_bias[...], step))
+        log_decay = -step * along_last(exp_of_negative(self.a_log[...]), step)
+        rate, log_decay = (self._of_key_heads(jnp.where(real[..., None], part, 0)) for part in (rate, log_decay))
+        state = versions.read(states, places).reshape(x.shape[0], *rate.shape[2:], net.key_dim, net.value_dim)
+        if x.shape[1] == 1:
+            out, state = delta_step(query[:, 0], key[:, 0], value[:, 0], rate[:, 0], log_decay[:, 0], state)
+            out = out[:, None]
+        else:
+            rate, log_decay = (jnp.moveaxis(part, 1, 3) for part in (rate, log_decay))
+            query, key, value = jnp.moveaxis(query, 1, 2), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 3)
+            out, state = delta_chunks(query, key, value, rate, log_decay, state)
+            out = jnp.moveaxis(out, 3, 1)
+        states = versions.write(states, state.reshape(-1, *states.shape[2:]), places)
+        out = out.astype(x.dtype).reshape(*x.shape[:2], net.value_heads, net.value_dim)
+        out = rms_norm(out, self.norm[...].astype(x.dtype), self.eps)
+        gated = out.astype(jnp.float32) * silu(gate.reshape(out.shape).astype(jnp.float32))
+        return self.out_proj(gated.astype(x.dtype).reshape(*x.shape[:2], -1)), (inputs, states, seen)
+
+    def _heads(
+        self, mixed: Float[Array, "B T C"]
+    ) -> tuple[Float32[Array, "B T N dk"], Float32[Array, "B T N dk"], Float32[Array, "B T N G dv"]]:
+        """Queries, keys and values by key head, in float32."""
+        net = self.spec
+        width = net.key_heads * net.key_dim
+        both, value = jnp.split(mixed.astype(jnp.float32), (2 * width,), axis=-1)
+        both = unit_vectors(both.reshape(*mixed.shape[:2], 2, net.key_heads, net.key_dim))
+        value = value.reshape(*mixed.shape[:2], net.key_heads, -1, net.value_dim)
+        return both[:, :, 0] * net.key_dim**-0.5, both[:, :, 1], value
+
+    def _of_key_heads(self, x: Shaped[Array, "B T Hv"]) -> Shaped[Array, "B T N G"]:
+        return x.reshape(*x.shape[:2], self.spec.key_heads, -1)
+
+
+def _last_inputs(window: Float[Array, "B W C"], count: Int32[Array, " B"], width: int) -> Float[Array, "B w C"]:
+    """The last `width - 1` of each sequence's inputs, of which `count` are of this call."""
+    if window.shape[1] == width:
+        return window[:, 1:]  # of one token; where there is none, nothing is written
+    at = count[:, None] + jnp.arange(width - 1, dtype=jnp.int32)[None]
+    return jnp.take_along_axis(window, at[..., None], axis=1)
