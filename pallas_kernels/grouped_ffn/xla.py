@@ -8,6 +8,7 @@ Rows travel as the bits of their storage dtype, and results as float32 sums: XLA
 16-bit float buffer into a conversion of all of it, once a tile.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.problem import Problem, fitting_tile_rows
 from pallas_kernels.grouped_ffn.quantized import QuantizedPool
 from pallas_kernels.grouped_ffn.storage import Pool, from_storage, to_storage, weights_of_slot
+from pallas_kernels.grouped_ffn.xla_blocks import BlockPart, fits, load_biases, load_part
 from pallas_kernels.grouped_ffn.xla_loop import visit_tiles
 
 # Of a block on CPU. One token of OLMoE (8 blocks of 12.6 MB) on one core, quiet, jax 0.10.2: 16.1 ms where the blocks
@@ -36,16 +38,16 @@ def _dot(a: jax.Array, b: jax.Array, contract: Any) -> Float32[Array, "_ _"]:
     return jax.lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _parts(problem: Problem) -> int:
-    """How many parts a block is taken in: of those that divide F the fewest that are small enough, if there are any.
+def _parts(problem: Problem, groups: tuple[int, int] | None) -> int:
+    """How many parts a block is taken in: of those that fit it the fewest that are small enough, if there are any.
 
-    They are part of a result's rounding, so they depend on sizes and dtype only.
+    They are part of a result's rounding, so they depend on sizes and dtypes only. `groups`: of a quantized pool.
     """
-    if problem.target.platform != "cpu" or problem.storage != "dense":
+    if problem.target.platform != "cpu":
         return 1
     block_bytes = (problem.down_part + 1) * problem.width * problem.contract * problem.dtype.itemsize
     least = -(-block_bytes // PART_BYTES)
-    return next((parts for parts in range(least, 4 * least) if problem.width % parts == 0), 1)
+    return next((parts for parts in range(least, 4 * least) if fits(groups, problem.width, parts)), 1)
 
 
 def _ffn(
@@ -57,43 +59,33 @@ def _ffn(
     out: Float[Array, "M D"],
     problem: Problem,
 ) -> Float[Array, "M D"]:
-    hidden, dtype, tile_rows, parts = x.shape[1], x.dtype, problem.tile_rows, _parts(problem)
-    width, projections = problem.width // parts, problem.down_part
+    dtype, tile_rows = x.dtype, problem.tile_rows
+    parts = _parts(problem, pool.groups if isinstance(pool, QuantizedPool) else None)
+    width = problem.width // parts
     act = activation_of(problem)
     rows_bits = to_storage(jnp.pad(x, ((0, tile_rows), (0, 0))))
     stored = pool if isinstance(pool, QuantizedPool) else to_storage(pool)
 
-    def load(slot: jax.Array, part: jax.Array | int) -> tuple[jax.Array, jax.Array, ExpertBiases | None]:
-        if isinstance(stored, QuantizedPool):
-            weights = weights_of_slot(stored, slot, dtype).astype(dtype)
-            inward, down = weights[:2], weights[2]
-        else:
-            inward = jax.lax.dynamic_slice(stored, (slot, 0, part * width, 0), (1, projections, width, hidden))
-            down = jax.lax.dynamic_slice(stored, (slot, projections, part * width, 0), (1, 1, width, hidden))
-        inward, down = from_storage(inward, dtype), from_storage(down, dtype)
-        of_slot = None
-        if biases is not None:
-            gate, up = (
-                jax.lax.dynamic_slice(of, (slot, part * width), (1, width)).astype(jnp.float32) for of in biases[:2]
-            )
-            last = jax.lax.dynamic_index_in_dim(biases.down, slot, 0).astype(jnp.float32)
-            of_slot = ExpertBiases(gate, up, jnp.where(part == 0, last, 0.0))
-        return inward.reshape(projections * width, hidden), down.reshape(width, hidden), of_slot
+    def load(slot: jax.Array, part: jax.Array | int) -> tuple[BlockPart, ExpertBiases | None]:
+        block = load_part(stored, slot, part, parts=parts, dtype=dtype)
+        return block, None if biases is None else load_biases(biases, slot, part, width)
 
     def tile(
-        weights: tuple[jax.Array, jax.Array, ExpertBiases | None],
+        loaded: tuple[BlockPart, ExpertBiases | None],
         part: jax.Array | int,
         row: jax.Array,
         rows: jax.Array,
         sums: jax.Array,
     ) -> jax.Array:
-        inward, down, of_slot = weights
+        block, of_slot = loaded
         tile_x = from_storage(jax.lax.dynamic_slice_in_dim(rows_bits, row, tile_rows, 0), dtype)
-        projected = _dot(tile_x, inward, _LAST)
-        inner = [projected[:, number * width : (number + 1) * width] for number in range(projections)]
+        columns = zip(jnp.split(tile_x, len(block.inward), axis=1), block.inward, strict=True)
+        projected = functools.reduce(jnp.add, (_dot(of_x, weights, _LAST) for of_x, weights in columns))
+        inner = jnp.split(projected, problem.down_part, axis=1)
         if of_slot is not None:
             inner = [of + bias for of, bias in zip(inner, of_slot[:2], strict=True)]
-        y = _dot(act(*inner).astype(dtype), down, _FIRST)
+        activated = act(*inner).astype(dtype)
+        y = jnp.concatenate([_dot(activated, of, _FIRST) for of in block.down], axis=1)
         if of_slot is not None:
             y = y + of_slot.down
         return _added(sums, y, row, rows, fresh=part == 0)

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import Target, grouped_ffn, lossy_quantize, slot_grouped_matmul, to_storage
+from pallas_kernels import (
+    ExpertBiases,
+    Target,
+    dequantize,
+    grouped_ffn,
+    lossy_quantize,
+    slot_grouped_matmul,
+    to_storage,
+)
 from pallas_kernels.grouped_ffn import xla
+from pallas_kernels.grouped_ffn.quantized import FORMATS, Format
 from tests.pallas_kernels.base import assert_close, bits, ffn_f64, in_f64
 
 D, F, S = 64, 48, 7
@@ -43,6 +52,25 @@ def test_blocks_in_parts(monkeypatch: pytest.MonkeyPatch, part_bytes: int, parts
     assert np.array_equal(bits(lone[:20]), bits(y[7:27]))
     one_each = run()(x, pool, np.full(33, 6, np.int32), None)
     assert_close(one_each, ffn_f64(in_f64(x), in_f64(pool), [6], [33]), 1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_quantized_blocks_in_parts(monkeypatch: pytest.MonkeyPatch, format: Format, dtype: str) -> None:
+    """Parts hold whole groups of weights that share a scale: three of 32 here, or all of a channel of int8."""
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr(xla, "PART_BYTES", 2 * D * jnp.dtype(dtype).itemsize * 64)
+    x, wide = jnp.asarray(rng.normal(size=(33, D)), dtype), jnp.asarray(rng.normal(size=(S, 3, 96, D)) * 0.2)
+    pool = lossy_quantize(wide, format)
+    biases = ExpertBiases(*(jnp.asarray(rng.normal(size=(S, size)), dtype) for size in (96, 96, D)))
+    compute = run()
+    y = compute(x, pool, SLOTS, SIZES, biases=biases)
+    exact = grouped_ffn(
+        x.astype(jnp.float32), dequantize(pool), SLOTS, SIZES, biases=biases, implementation="reference"
+    )
+    assert_close(y[7:27], in_f64(exact)[7:27], {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype])
+    text = compute.lower(x, pool, SLOTS, SIZES, biases=biases).compile().as_text()
+    assert ("u8[1,3,32,32]" in text) == (format != "int8")
 
 
 def test_a_width_without_divisors_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
