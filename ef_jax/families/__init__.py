@@ -9,7 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ef_jax.errors import UnsupportedError
-from ef_jax.families import _common, mixtral, olmoe, qwen2_moe, qwen3_moe
+from ef_jax.families import (
+    _common,
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    granitemoe,
+    kimi_k2,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from ef_jax.families._family import Family
 from ef_jax.families._fields import ConfigFields, show
 from ef_jax.families._names import ExpertLayout as ExpertLayout
@@ -23,6 +37,14 @@ FAMILIES: Mapping[str, Family] = {
         qwen2_moe,
         mixtral,
         olmoe,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
+        glm4_moe,
+        minimax_m2,
+        granitemoe,
+        ernie4_5_moe,
+        phimoe,
     )
 }
 """By `model_type`."""

@@ -56,7 +56,7 @@ MUST_BE: dict[str, object] = {
 INERT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation _name_or_path
-    attention_dropout attn_implementation begin_suppress_tokens bad_words_ids chunk_size_feed_forward
+    attention_dropout attn_implementation auto_map begin_suppress_tokens bad_words_ids chunk_size_feed_forward
     decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     id2label initializer_range is_decoder keys_to_ignore_at_inference label2id length_penalty max_length min_length
@@ -137,10 +137,12 @@ def grouped_query(
     scale: str | None = None,
     sinks: bool = False,
     gated: bool = False,
+    mscales: bool = False,
 ) -> Callable[[ConfigFields, int], AttentionSpec]:
     """Reader of grouped-query attention; biases and scale are fields' names, None: there is no such thing.
 
-    `rotary` is a field with the rotated share of each head, for which the rope parameters have a place too.
+    `rotary` is a field with the rotated share of each head, for which the rope parameters have a place too; `mscales`
+    as `rope_from_config` has it.
     """
 
     def read(fields: ConfigFields, hidden: int) -> AttentionSpec:
@@ -152,7 +154,9 @@ def grouped_query(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            rope=rope_from_config(fields, head_dim, rotary=rotary, interleaved=interleaved, precise=precise),
+            rope=rope_from_config(
+                fields, head_dim, rotary=rotary, interleaved=interleaved, precise=precise, mscales=mscales
+            ),
             qkv_bias=fields.flag(qkv_bias) if qkv_bias else False,
             out_bias=fields.flag(out_bias) if out_bias else False,
             qk_norm=qk_norm,

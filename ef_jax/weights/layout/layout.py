@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.families import FAMILIES, ExpertLayout, TensorNames
-from ef_jax.spec import AttentionSpec, LayerSpec, ModelSpec
+from ef_jax.spec import LatentAttentionSpec, LayerSpec, ModelSpec
 from ef_jax.weights.layout.attention import attention_sources
 from ef_jax.weights.layout.experts import expert_pieces
+from ef_jax.weights.layout.latent_attention import latent_attention_sources
 from ef_jax.weights.layout.pieces import ArraySource, Piece, packed, whole
 
 _DENSE = ("gate_proj", "up_proj", "down_proj")
@@ -101,9 +102,12 @@ def _norm(spec: ModelSpec, ours: str, theirs: str) -> Iterator[tuple[str, ArrayS
 
 
 def _mixer(spec: ModelSpec, layer: LayerSpec, ours: str, theirs: str) -> Iterator[tuple[str, ArraySource]]:
-    if layer.mixer != "attention" or not isinstance(spec.attention, AttentionSpec):
-        raise UnsupportedError(f"no tensor names are known for {layer.mixer} with {spec.attention}")
-    yield from attention_sources(spec, spec.attention, ours, theirs)
+    if layer.mixer != "attention":
+        raise UnsupportedError(f"no tensor names are known for {layer.mixer}")
+    if isinstance(spec.attention, LatentAttentionSpec):
+        yield from latent_attention_sources(spec, spec.attention, ours, theirs)
+    else:
+        yield from attention_sources(spec, spec.attention, ours, theirs)
 
 
 def _moe_layer(
