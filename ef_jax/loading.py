@@ -95,7 +95,7 @@ def load(
       sequences: sequences that are held at once, each with keys and values of its own; None: `batch`. With more, the
         token scheduler forms batches of sequences that are likely to use the same experts.
       context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most.
-      chunk: tokens a sequence that one prefill pass takes.
+      chunk: tokens a sequence that one prefill pass takes. An encoder takes prompts whole.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
       prefetch: how far ahead experts are fetched that are likely to be used: "auto" lets a controller decide layer by
         layer from what it measures, a number is a fixed horizon in layers, "off" fetches what is needed when it is.
@@ -235,13 +235,14 @@ def make_request(
             budget = int(_DEFAULT_DEVICE_SHARE * limit)
         else:
             expert_fraction = _DEFAULT_FRACTION
+    context = min(spec.max_position, _DEFAULT_CONTEXT) if context is None else context
     return MemoryRequest(
         device_memory=budget,
         expert_fraction=expert_fraction,
         batch=batch,
         rows=sequences,
-        context=min(spec.max_position, _DEFAULT_CONTEXT) if context is None else context,
-        chunk=chunk,
+        context=context,
+        chunk=context if spec.encodes else chunk,
     )
 
 

@@ -34,7 +34,7 @@ class Prefetching:
 
     def distances(self, spec: ModelSpec) -> int:
         """Distances that the programs have to score; 0: they need not look ahead."""
-        return min(DISTANCES, len(spec.moe_layers)) if self.predictor == "pregate" else 0
+        return min(DISTANCES, len(spec.step_moe_layers)) if self.predictor == "pregate" else 0
 
 
 NO_PREFETCHING = Prefetching(prefetch="off", predictor="none")
@@ -88,6 +88,11 @@ def settle(
             )
     if predictor == "none" and horizon != "off":
         raise InputError(f'prefetch {prefetch} needs a predictor: give "pregate", "history" or a trained one')
+    if spec.encodes and (path is not None or predictor not in PREDICTORS):
+        raise InputError(
+            f"trained predictors are of models without an encoder, and {spec.family} has one: give pregate, history or "
+            "none"
+        )
     if predictor in PREDICTORS:
         return Prefetching(prefetch=horizon, predictor=str(predictor), routing_path=path, off_because=off_because)
     if not Path(predictor).is_dir():

@@ -162,7 +162,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
         layer of one step can need); the message gives the smallest budget that works.
     """
     least_staging = experts_a_step(spec, request.batch)
-    token_cycle = len(spec.moe_layers) * least_staging
+    token_cycle = len(spec.step_moe_layers) * least_staging
     full_staging = min(spec.experts.count, max(least_staging, STAGING_SLOTS))
     block = spec.block_bytes
 

@@ -77,6 +77,19 @@ class DecoderLayer(nnx.Module):
                 x = self._add(x, self.cross(self.cross_norm(x), cache, positions, rows))
             return x, cache
 
+    def remember(
+        self,
+        memory: Float[Array, "B T D"],
+        cache: tuple[Array, ...],
+        positions: Int32[Array, "B T"],
+        rows: Int32[Array, " B"] | None = None,
+    ) -> tuple[Array, ...]:
+        """The cache with what the layer will read of prompts, see `CrossAttention.remember`. Needs an encoder."""
+        if self.cross is None:
+            raise ValueError("a layer of a model without an encoder reads no prompt")
+        with jax.named_scope("remember"):
+            return self.cross.remember(memory, cache, positions, rows)
+
     def ffn_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The normed residual stream that router, experts and dense network read."""
         return self.ffn_norm(x)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from ef_jax.nn.definition import dense_shapes, layer_definition
+from ef_jax.nn.definition import dense_shapes, layer_definition, leaf_names
 from ef_jax.nn.linear import along_last, matmul_f32, product_precision
 from ef_jax.nn.norm import normalize
 from ef_jax.nn.router import choice_scores
@@ -39,14 +39,16 @@ class RouterStack(NamedTuple):
 
 
 def stack_routers(spec: ModelSpec, layers: Sequence[Sequence[jax.Array]], distances: int) -> RouterStack:
-    """The norms and routers of every MoE layer, with room for `distances` layers past the last.
+    """The norms and routers of every MoE layer that decode steps run, with room for `distances` layers past the last.
 
     Args:
       spec: the model.
-      layers: leaves of each decoder layer, dense ones included, in the order of `layer_definition`.
+      layers: leaves of each layer, dense ones included, in the order of `layer_definition`.
       distances: H, the largest distance that will be asked for.
     """
-    leaves = [dict(zip(layer_definition(spec, spec.layers[i])[1], layers[i], strict=True)) for i in spec.moe_layers]
+    leaves = [
+        dict(zip(layer_definition(spec, spec.layers[i])[1], layers[i], strict=True)) for i in spec.step_moe_layers
+    ]
 
     def stack(path: str) -> jax.Array | None:
         if path not in leaves[0]:
@@ -61,10 +63,7 @@ def stack_routers(spec: ModelSpec, layers: Sequence[Sequence[jax.Array]], distan
 def router_stack_shapes(spec: ModelSpec, distances: int) -> RouterStack:
     """Shapes and dtypes of what `stack_routers` returns. Nothing is allocated."""
     shapes = dense_shapes(spec)
-    layers = [
-        [shapes[f"layers.{index}.{path}"] for path in layer_definition(spec, layer)[1]]
-        for index, layer in enumerate(spec.layers)
-    ]
+    layers = [[shapes[name] for name in leaf_names(spec, index)] for index in range(len(spec.layers))]
     stacked: RouterStack = jax.eval_shape(lambda leaves: stack_routers(spec, leaves, distances), layers)
     return stacked
 
@@ -110,7 +109,7 @@ def pregate(
             logits = logits + along_last(shift.astype(jnp.float32), logits)
         select_bias = None if stack.select_bias is None else taken(stack.select_bias)
         choice = choice_scores(logits.astype(h.dtype), spec.router, select_bias)
-        known = first + jnp.arange(count) < len(spec.moe_layers)
+        known = first + jnp.arange(count) < len(spec.step_moe_layers)
         return jnp.where(along_last(known[:, None], choice), choice, 0)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
-from ef_jax.nn import finish_paths, layer_definition, top_definition
+from ef_jax.nn import finish_paths, layer_definition, leaf_names, top_definition
 from ef_jax.spec import ModelSpec
 from ef_jax.weights import Checkpoint
 
@@ -15,16 +15,13 @@ class DenseWeights:
 
     Attributes:
       top: embedding, final norm and head.
-      layers: each decoder layer's leaves.
+      layers: each layer's leaves.
       finish: the leaves that finish each layer after its experts; none for a dense layer.
     """
 
     def __init__(self, spec: ModelSpec, arrays: Mapping[str, jax.Array]) -> None:
         self.top = [arrays[path] for path in top_definition(spec)[1]]
-        self.layers = [
-            [arrays[f"layers.{index}.{path}"] for path in layer_definition(spec, layer)[1]]
-            for index, layer in enumerate(spec.layers)
-        ]
+        self.layers = [[arrays[name] for name in leaf_names(spec, index)] for index in range(len(spec.layers))]
         self.finish = [
             [arrays[f"layers.{index}.{path}"] for path in (finish_paths(spec) if layer.ffn == "moe" else ())]
             for index, layer in enumerate(spec.layers)

@@ -25,7 +25,7 @@ from ef_jax.runtime.lookout import Lookout
 from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.routing_paths import RoutingPaths
-from ef_jax.runtime.rows import Rows
+from ef_jax.runtime.rows import Chunk, Rows
 from ef_jax.runtime.steps import Routed
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.device_link import DeviceLink
@@ -81,6 +81,8 @@ class Engine:
         reaches = [reach_of(layer) for layer in spec.layers]
         self._reaches: list[jax.Array] = jax.device_put(reaches, self._rows.sharding)
         self._moe_index = {layer: index for index, layer in enumerate(spec.moe_layers)}
+        self._prompt_layers, self._step_layers = spec.prompt_layers, spec.step_layers
+        self._first_token = spec.decoder_start or 0  # of a decoder with an encoder
         self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
         self._age_order: list[int] | None = None  # places of a step's sequences, the oldest first; None: as they stand
         self._resting = True
@@ -162,7 +164,7 @@ class Engine:
         rows, lookout = self._rows, self.lookout
         rows.join(row, prompt, options, draw)
         mask = np.zeros(self.spec.vocab, bool)
-        mask[prompt] = True
+        mask[self._first_token if self.spec.encodes else prompt] = True
         rows.seen, lookout.state = lookout.running.join()(rows.seen, lookout.state, np.int32(row), mask)
         if self.routing_paths is not None:
             self.routing_paths.join(row, prompt)
@@ -192,12 +194,16 @@ class Engine:
         for row, start in parts:
             self._rows.length[row] = min(len(self._rows.prompts[row]), start + width)
             phase.tokens += int(self._rows.length[row]) - start
-        firsts = self._choose(self._last, ended) if ended else []
-        if ended:
+        firsts = []
+        if ended and not self.spec.encodes:
+            firsts = self._choose(self._last, ended)
             self._note(COMPUTE, "head", self._served_at)
         self._note(STEPS, "prompts", began)
         phase.seconds += time.perf_counter() - began
         self._note_peak()
+        if ended and self.spec.encodes:
+            self._begin_texts(ended)
+            firsts = self.step(ended)
         return dict(zip(ended, firsts, strict=True))
 
     def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
@@ -213,8 +219,25 @@ class Engine:
         Raises:
           LinkError: blocks could not be copied; the step can be run again.
         """
-        state, phase = self._rows, self.stats.decode
         began = time.perf_counter()
+        order, last, deferred = self._advance(rows, then)
+        chosen = self._choose(last, order)
+        self._note(COMPUTE, "head", self._served_at)
+        self._end_step(order, deferred, began)
+        if order == list(rows):
+            return chosen
+        of_row = dict(zip(order, chosen, strict=True))
+        return [of_row[row] for row in rows]
+
+    def _advance(
+        self, rows: Sequence[int], then: Sequence[int]
+    ) -> tuple[list[int], jax.Array, list[tuple[int, jax.Array]]]:
+        """The layers of a decode step.
+
+        Returns:
+          The rows in the order of their places, residual rows `[B, D]`, and routes that nobody has waited for yet.
+        """
+        state = self._rows
         by_age = sorted(rows, key=lambda row: int(state.number[row]))  # as replays have them
         order = sorted(rows) if state.count == state.batch else by_age
         places = state.places(order)
@@ -236,19 +259,19 @@ class Engine:
         )
         serve = functools.partial(self._serve, deferred)
         carried = self._layers(1, span, self._tokens(order), positions, index, serve)
-        chosen = self._choose(self.lookout.running.end_step()(self._dense.finish[-1], carried), order)
-        self._note(COMPUTE, "head", self._served_at)
+        last = self.lookout.running.end_step()(self._dense.finish[self._step_layers[-1]], carried)
+        return order, last, deferred
+
+    def _end_step(self, order: list[int], deferred: list[tuple[int, jax.Array]], began: float) -> None:
+        """A step that began then has run: it is counted, and what was not waited for is told."""
         for layer, ids in deferred:
             self.scheduler.note(layer, self._by_age(_rows(ids)))
-        state.length[order] += 1
+        self._rows.length[order] += 1
+        phase = self.stats.decode
         phase.seconds += time.perf_counter() - began
         phase.tokens += len(order)
         phase.steps += 1
         self._note(STEPS, "step", began)
-        if order == list(rows):
-            return chosen
-        of_row = dict(zip(order, chosen, strict=True))
-        return [of_row[row] for row in rows]
 
     def rest(self) -> None:
         """Nobody has a row: nothing is fetched for now; note the peak of device memory."""
@@ -296,6 +319,35 @@ class Engine:
             self.leave(row)
         self.stats.prefill.seconds += time.perf_counter() - began
         self.stats.prefill.tokens += len(tokens)
+        self._note_peak()
+
+    def logits_after(self, prompt: np.ndarray, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
+        """Logits of a decoder with an encoder: after its first token, and after each of those given.
+
+        Args:
+          prompt: int32 `[P]`, what the encoder reads.
+          tokens: int32 `[T]`, what the decoder is given; with the prompt not longer than the context.
+          row: one that nobody has.
+
+        Yields:
+          f32 `[t, V]`, in order; the t sum to 1 + T.
+        """
+        self.join(row, prompt, SamplingOptions(), 0)
+        try:
+            for start, width in self.cuts(len(prompt)):
+                self._run_chunk(width, [(row, start)], {})
+            self._begin_texts([row])
+            place = self._rows.places([row])[0]
+            rows = []
+            for token in [self._first_token, *tokens.tolist()]:
+                began = time.perf_counter()
+                self._rows.tokens[row] = token
+                order, last, deferred = self._advance([row], ())
+                rows.append(np.asarray(last)[place])
+                self._end_step(order, deferred, began)
+            yield from self.lookout.running.logits_of(np.stack(rows), self._dense.top)
+        finally:
+            self.leave(row)
         self._note_peak()
 
     def _union_of_paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
@@ -351,35 +403,53 @@ class Engine:
         absorb = self.lookout.absorber(width, chunk.rows)
         serve = functools.partial(self._serve_prompt, self.lookout.running.wave(width), absorb)
         carried = self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
-        x, self._last = self.lookout.running.end_chunk(width)(self._dense.finish[-1], carried, self._last, chunk.ends)
         self.stats.prefill.steps += 1
+        finish = self._dense.finish[self._prompt_layers[-1]]
+        if self.spec.encodes:
+            return self._remember(width, finish, carried, chunk)
+        x, self._last = self.lookout.running.end_chunk(width)(finish, carried, self._last, chunk.ends)
         return x
+
+    def _remember(self, width: int, finish: Sequence[jax.Array], carried: Any, chunk: Chunk) -> jax.Array:
+        """Have the decoder's layers remember what the encoder makes of prompts `[lanes, T, D]`, which is returned."""
+        programs, caches = self.lookout.running, self._rows.caches
+        memory: jax.Array = programs.end_encoder(width)(finish, carried, self._dense.top)
+        for layer in self._step_layers:
+            remember = programs.remember(width, self.spec.layers[layer].kind)
+            caches[layer] = remember(memory, self._dense.layers[layer], caches[layer], (chunk.positions, chunk.rows))
+        return memory
+
+    def _begin_texts(self, rows: list[int]) -> None:
+        """The decoder begins anew in some rows, whose prompts the encoder has read."""
+        self._rows.length[rows], self._rows.tokens[rows] = 0, self._first_token
+        self._fed = None
+        self.lookout.hear_tokens(rows, None)
 
     def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. Returns the last's."""
         rows, reaches, lookout = self._rows, self._reaches, self.lookout
         layers, finish = self._dense.layers, self._dense.finish
+        before, *others = self._step_layers if width == 1 else self._prompt_layers
         run = lookout.running.layers(width, span)
         if self.recorder is not None:
             of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
             serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
         self._served_at = time.perf_counter()
-        carried, rows.caches[0], ahead, places = run[0](
+        carried, rows.caches[before], ahead, places = run[0](
             self._dense.top,
             tokens,
-            layers[0],
-            rows.caches[0],
-            reaches[0],
+            layers[before],
+            rows.caches[before],
+            reaches[before],
             (positions, index),
-            *lookout.from_layer(0, width),
+            *lookout.from_layer(before, width),
         )
         lookout.hear(ahead)
-        for layer in range(1, len(layers)):
-            before = layer - 1
+        for program, layer in zip(run[1:], others, strict=True):
             if before in self._moe_index:
                 carried = serve(self._moe_index[before], carried)
                 self._served_at = time.perf_counter()
-            carried, rows.caches[layer], ahead = run[layer](
+            carried, rows.caches[layer], ahead = program(
                 finish[before],
                 carried,
                 layers[layer],
@@ -389,9 +459,9 @@ class Engine:
                 *lookout.from_layer(layer, width),
             )
             lookout.hear(ahead)
-        last = len(layers) - 1
-        if last in self._moe_index:
-            carried = serve(self._moe_index[last], carried)
+            before = layer
+        if before in self._moe_index:
+            carried = serve(self._moe_index[before], carried)
             self._served_at = time.perf_counter()
         return carried
 

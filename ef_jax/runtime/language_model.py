@@ -142,19 +142,35 @@ class LanguageModel:
         self._driver.drive(request)
         return Submission(self._batch, request)
 
-    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Next-token logits after every token.
+    def logits(
+        self, token_ids: Sequence[int] | np.ndarray, continuation: Sequence[int] | np.ndarray | None = None
+    ) -> np.ndarray:
+        """Next-token logits after every token; of a model with an encoder, after every token of the decoder.
 
         Args:
           token_ids: `[T]` ids, at least one, not longer than the context.
+          continuation: with an encoder, which reads `token_ids`: the `[C]` ids, perhaps none, that the decoder is given
+            after the token that it begins with, one by one, as it would have generated them. None where there is no
+            encoder.
 
         Returns:
-          f32 `[T, V]`.
+          f32 `[T, V]`, or `[1 + C, V]`.
 
         Raises:
-          InputError: no ids, too many, or some outside the vocabulary.
+          InputError: no ids, too many, or some outside the vocabulary; a continuation without an encoder, or none with.
         """
-        ids = self._check_ids(token_ids, room=0)
+        if self.spec.encodes != (continuation is not None):
+            raise InputError(
+                "the model has an encoder: give logits what it reads, and the continuation that the decoder is given"
+                if self.spec.encodes
+                else "the model has no encoder: give logits one sequence, and no continuation"
+            )
+        ids = self._check_ids(token_ids, room=0 if continuation is None else 1 + len(continuation))
+        if continuation is not None:
+            following = self._check_ids(continuation, room=0) if len(continuation) else np.zeros(0, np.int32)
+            with self._batch.visit() as row:
+                self._engine.prepare(len(ids), len(ids) + 1 + len(following))
+                return np.concatenate(list(self._engine.logits_after(ids, following, row)))
         with self._batch.visit() as row:
             self._engine.prepare(len(ids), len(ids))
             return np.concatenate(list(self._engine.logits(ids, row)))
@@ -163,8 +179,12 @@ class LanguageModel:
         """How likely each text (or list of token ids) is, given its first token.
 
         Raises:
-          InputError: as `logits`; a text longer than the context must be cut by the caller.
+          InputError: as `logits`; a text longer than the context must be cut by the caller. The model has an encoder.
         """
+        if self.spec.encodes:
+            raise InputError(
+                "the model has an encoder, so a text has no score of its own: take logits(prompt, continuation)"
+            )
         scores = []
         for text in _as_list(texts):
             ids = self.encode(text, room=0)

@@ -86,7 +86,7 @@ class LookAhead:
         def place(tree: Any) -> Any:
             return jax.device_put(tree, sharding)
 
-        layers = len(model.moe_layers)
+        layers = len(model.step_moe_layers)
         stack = stack_routers(model, dense.layers, spec.distances)
         unshifted = place(np.zeros((spec.distances, model.experts.count), np.float32))
         trained: list[Trained | None] = [None] * layers
@@ -232,7 +232,7 @@ def look_ahead_bytes(model: ModelSpec, spec: LookAheadSpec | None, rows: int) ->
     """Device bytes that a look ahead keeps for `rows` sequences."""
     if spec is None:
         return 0
-    layers = len(model.moe_layers)
+    layers = len(model.step_moe_layers)
     arrays = jax.tree.leaves(router_stack_shapes(model, spec.distances))
     if spec.correction is not None:
         common, source = correction.leaf_shapes(spec.correction)

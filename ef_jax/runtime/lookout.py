@@ -138,7 +138,7 @@ class Lookout:
 
     def _arrange(self) -> None:
         """The look of the head's program and of each decoder layer's; None where there is none."""
-        moe_layers = self._spec.moe_layers
+        moe_layers = self._spec.step_moe_layers
         looks = [None] * (1 + len(moe_layers)) if self._looking is None else self._looking.looks
         self._first_look: Look | None = looks[0]
         self._looks: list[Look | None] = [None] * len(self._spec.layers)

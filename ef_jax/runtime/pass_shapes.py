@@ -13,6 +13,19 @@ def chunk_widths(chunk: int) -> tuple[int, ...]:
     return tuple(sorted({max(2, width) for width in (chunk // 16, chunk // 4, chunk)}))
 
 
+_NARROWEST = 16
+
+
+def prompt_widths(context: int) -> tuple[int, ...]:
+    """Widths of the passes that take prompts whole: powers of two from 16, and whole key blocks that hold the context.
+
+    A prompt's results depend on its length alone, since that decides on the width.
+    """
+    longest = max(2, context if context <= KEY_BLOCK else context + -context % KEY_BLOCK)
+    powers = (_NARROWEST << place for place in range(longest.bit_length()))
+    return (*(width for width in powers if width < longest), longest)
+
+
 def chunks(length: int, widths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """`(start, width)` of the chunks that a prompt of `length` tokens is cut into; `widths` are rising."""
     start = 0

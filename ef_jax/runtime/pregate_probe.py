@@ -51,7 +51,7 @@ def check_distances(spec: ModelSpec, distances: int) -> None:
     Raises:
       InputError: `distances` is not in 1 to L.
     """
-    layers = len(spec.moe_layers)
+    layers = len(spec.step_moe_layers)
     if not 1 <= distances <= layers:
         raise InputError(f"pre-gate scores {distances} layers ahead: give 1 to {layers}, the model's MoE layers")
 

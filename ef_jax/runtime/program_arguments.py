@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.slot_pool import pool_shapes
-from ef_jax.nn import cache_shapes, dense_shapes, finish_paths, layer_definition, top_definition
+from ef_jax.nn import cache_shapes, dense_shapes, finish_paths, leaf_names, top_definition
 from ef_jax.runtime import pass_shapes, steps
 from ef_jax.runtime.look_ahead import LookAheadSpec, look_shapes, state_shape
 from ef_jax.spec import LayerSpec, ModelSpec
@@ -32,6 +32,10 @@ class ProgramArguments:
         self._kinds = [layer.kind for layer in spec.layers]
         self._moe_kind = self._kinds[spec.moe_layers[0]]
 
+    def pass_kinds(self, width: int) -> list[LayerSpec]:
+        """Kinds of the layers that a pass of that width runs: a decode step, or prompts."""
+        return [self._kinds[index] for index in (self.spec.step_layers if width == 1 else self.spec.prompt_layers)]
+
     def lanes(self, width: int) -> int:
         """Sequences of a pass of that width."""
         return pass_shapes.lanes(width, self.batch)
@@ -53,8 +57,7 @@ class ProgramArguments:
         return self._array(shape.shape, shape.dtype)
 
     def _leaves(self, kind: LayerSpec) -> list[jax.ShapeDtypeStruct]:
-        index = self._kinds.index(kind)
-        return [self._dense(f"layers.{index}.{path}") for path in layer_definition(self.spec, kind)[1]]
+        return [self._dense(name) for name in leaf_names(self.spec, self._kinds.index(kind))]
 
     def _finish(self, kind: LayerSpec) -> list[jax.ShapeDtypeStruct]:
         index = self._kinds.index(kind)

@@ -14,11 +14,15 @@ next program: for a dense layer the residual stream, for an MoE layer `(Routed, 
 with the outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the
 arguments of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody
 looks ahead.
+
+With an encoder a prompt is one pass through the encoder's layers, which ends by `end_encoder` and, for each layer of
+the decoder, `remember`. Decode steps run the decoder's layers.
 """
 
 import concurrent.futures
 import copy
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +35,8 @@ from ef_jax.memory.program_memory import program_memory
 from ef_jax.nn import (
     QUERY_BLOCK,
     combine,
+    layer_definition,
+    merge_layer,
     merge_top,
     top_definition,
 )
@@ -83,9 +89,9 @@ class Programs(ProgramArguments):
     ) -> None:
         super().__init__(spec, batch, batch if rows is None else rows, context, pool_slots, look_ahead, sharding)
         self.kernels = kernels
-        self.chunk_widths = pass_shapes.chunk_widths(min(chunk, context))
+        of_chunk = pass_shapes.chunk_widths(min(chunk, context))
+        self.chunk_widths = pass_shapes.prompt_widths(context) if spec.encodes else of_chunk
         self.spans = pass_shapes.spans(context)
-        self._boundaries = tuple(dict.fromkeys(zip(self._kinds, self._kinds[1:], strict=False)))
         self._compiled: dict[tuple[Any, ...], jax.stages.Compiled] = {}
         self._memory: dict[tuple[Any, ...], Any] = {}
         self._passes: dict[tuple[int, int], list[Compiled]] = {}
@@ -124,8 +130,9 @@ class Programs(ProgramArguments):
         wanted: list[Callable[[], Compiled]] = []
         for start, width in self.chunks(length):
             wanted += self._pass(width, self.span(start + width))
+        before = 0 if self.spec.encodes else length  # a decoder with an encoder has positions of its own
         for span in self.spans if until > length else ():
-            if self.span(length + 1) <= span <= self.span(until):
+            if self.span(before + 1) <= span <= self.span(before + until - length):
                 wanted += self._pass(1, span)
         if until > length and self.pool_slots < self.spec.total_experts:
             wanted.append(self.there)
@@ -158,11 +165,11 @@ class Programs(ProgramArguments):
         return len(self._compiled)
 
     def layers(self, width: int, span: int) -> list[Compiled]:
-        """What runs each decoder layer of a pass: `begin`, then a `between` a layer."""
+        """What runs each layer of a pass: `begin`, then a `between` a layer."""
         passes = self._passes.get((width, span))
         if passes is None:
-            kinds = zip(self._kinds, self._kinds[1:], strict=False)
-            passes = [self.begin(width, span), *(self.between(width, span, *pair) for pair in kinds)]
+            pairs = itertools.pairwise(self.pass_kinds(width))
+            passes = [self.begin(width, span), *(self.between(width, span, *pair) for pair in pairs)]
             self._passes[width, span] = passes
         return passes
 
@@ -172,7 +179,7 @@ class Programs(ProgramArguments):
 
         Positions and rows come back as device arrays, which the other layers take without another copy.
         """
-        kind = self._kinds[0]
+        kind = self.pass_kinds(width)[0]
 
         def begin(top, tokens, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
@@ -238,7 +245,7 @@ class Programs(ProgramArguments):
 
     def end_step(self) -> Compiled:
         """`(finish, carried) -> last [B, D]`: the last layer's experts in a decode step."""
-        kind = self._kinds[-1]
+        kind = self.pass_kinds(1)[-1]
 
         def end_step(finish, carried):  # type: ignore[no-untyped-def]
             return self._leave(1, kind, finish, carried)[:, 0]
@@ -251,7 +258,7 @@ class Programs(ProgramArguments):
         `last` `[B, D]` (donated) takes at `ends[1, b]` the row `ends[0, b]` of each sequence b whose prompt ends in the
         chunk; B and beyond: none.
         """
-        kind = self._kinds[-1]
+        kind = self.pass_kinds(width)[-1]
 
         def end_chunk(finish, carried, last, ends):  # type: ignore[no-untyped-def]
             x = self._leave(width, kind, finish, carried)
@@ -263,6 +270,33 @@ class Programs(ProgramArguments):
             return (self._finish(kind), self._carried(width, kind), last, self._int(2, self.lanes(width)))
 
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
+
+    def end_encoder(self, width: int) -> Compiled:
+        """`(finish, carried, top) -> memory [lanes, T, D]`: what the encoder makes of prompts."""
+        kind = self.pass_kinds(width)[-1]
+
+        def end_encoder(finish, carried, top):  # type: ignore[no-untyped-def]
+            return self._top(top).encoder_norm(self._leave(width, kind, finish, carried))
+
+        def inputs() -> tuple[Any, ...]:
+            return (self._finish(kind), self._carried(width, kind), self._top_leaves())
+
+        return self._program(("end_encoder", width), end_encoder, inputs)
+
+    def remember(self, width: int, kind: LayerSpec) -> Compiled:
+        """`(memory, leaves, cache, (positions, rows)) -> cache` (donated): what a layer of the decoder will read of the
+        prompts."""
+
+        def remember(memory, leaves, cache, places):  # type: ignore[no-untyped-def]
+            return merge_layer(layer_definition(self.spec, kind)[0], leaves).remember(memory, cache, *places)
+
+        def inputs() -> tuple[Any, ...]:
+            lanes = self.lanes(width)
+            places = (self._int(lanes, width), self._int(lanes))
+            memory = self._float(lanes, width, self.spec.hidden)
+            return (memory, self._leaves(kind), self._layer_inputs(kind)[0], places)
+
+        return self._program(("remember", width, kind), remember, inputs, donate=(2,))
 
     def join(self) -> Compiled:
         """`(seen, state, row, mask [V]) -> seen, state` (donated): a new sequence has a row, and `mask` its tokens."""
@@ -336,9 +370,16 @@ class Programs(ProgramArguments):
     def _pass(self, width: int, span: int) -> list[Callable[[], Compiled]]:
         """The programs of a pass over `width` tokens a sequence, still to be asked for."""
         programs: list[Callable[[], Compiled]] = [functools.partial(self.begin, width, span)]
-        programs += [functools.partial(self.between, width, span, *kinds) for kinds in self._boundaries]
+        boundaries = dict.fromkeys(itertools.pairwise(self.pass_kinds(width)))
+        programs += [functools.partial(self.between, width, span, *kinds) for kinds in boundaries]
         if width > 1:
-            programs += [functools.partial(self.wave, width), functools.partial(self.end_chunk, width)]
+            programs.append(functools.partial(self.wave, width))
+            if self.spec.encodes:
+                kinds_after = dict.fromkeys(self.pass_kinds(1))
+                programs.append(functools.partial(self.end_encoder, width))
+                programs += [functools.partial(self.remember, width, kind) for kind in kinds_after]
+            else:
+                programs.append(functools.partial(self.end_chunk, width))
             if self.look_ahead is not None and self.look_ahead.correction is not None:
                 programs.append(functools.partial(self.absorb, width))
         return programs
@@ -347,13 +388,13 @@ class Programs(ProgramArguments):
         name = key[0]
         if name == "between":
             return bool(key[1] == 1 and key[3].ffn == "moe")
-        return name in ("wave", "there") or (name == "end_step" and self._kinds[-1].ffn == "moe")
+        return name in ("wave", "there") or (name == "end_step" and self.pass_kinds(1)[-1].ffn == "moe")
 
     def _looks_ahead(self, key: tuple[Any, ...]) -> bool:
         if self.look_ahead is None:
             return False
         if key[0] in ("begin", "between"):
-            return bool(key[1] == 1 and (self._kinds[0] if key[0] == "begin" else key[4]).ffn == "moe")
+            return bool(key[1] == 1 and (self.pass_kinds(1)[0] if key[0] == "begin" else key[4]).ffn == "moe")
         return bool(key[0] in ("head", "absorb") or (key[0] == "join" and self.look_ahead.correction is not None))
 
     def _finds_rows(self, width: int) -> bool:

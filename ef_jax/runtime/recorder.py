@@ -54,7 +54,8 @@ class Recorder:
 
     Sequences are in the order in which they joined, in passes too; one that was under way when
     recording began starts with its first recorded token. Teacher-forced passes (`logits`, `score`) are prompts. A pass
-    that fails before its last layer is left out.
+    that fails before its last layer is left out. Of a model with an encoder the decoder's steps are recorded: a prompt
+    runs through other layers.
 
     Nothing is waited for while a pass runs: what it leaves on the device is taken later, of several steps together.
 
@@ -77,7 +78,8 @@ class Recorder:
         weights: bool = False,
         probe: PregateProbe | None = None,
     ) -> None:
-        self._layers, self._num_experts = len(spec.moe_layers), spec.experts.count
+        self._layers, self._num_experts = len(spec.step_moe_layers), spec.experts.count
+        self._encodes = spec.encodes
         self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
         self._block_bytes, self._model, self._fingerprint = block_bytes, model, fingerprint
         self._weights, self._probe = weights, probe
@@ -97,6 +99,8 @@ class Recorder:
         Returns:
           What the engine calls instead of `serve` in this pass.
         """
+        if self._encodes and positions.shape[1] > 1:
+            return serve
         if len(self._pending) == _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
             self._settle()
         running = _Running(tokens, positions, numbers, [], [], [])

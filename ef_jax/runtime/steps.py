@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from ef_jax.memory.slot_pool import Slots
-from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum
+from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum, within_capacity
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS, PROMPT_TILE_ROWS, ExpertKernels
 from ef_jax.runtime.slot_weights import slot_weights
 from ef_jax.spec import LayerSpec, ModelSpec
@@ -26,7 +26,7 @@ Leaves = Sequence[jax.Array]
 
 
 class Routed(NamedTuple):
-    """A layer between its router and its experts: residual, normed input, chosen experts (-1: padding), weights."""
+    """A layer between its router and its experts: residual, normed input, chosen experts (-1: none), weights."""
 
     x: Float[Array, "B T D"]
     h: Float[Array, "B T D"]
@@ -151,4 +151,7 @@ def enter_layer(
         return layer.finish(x, layer.ffn_input(x)), cache
     x = jax.lax.optimization_barrier(x)  # the router reads x as it is passed on, rounded
     h, ids, weights = layer.route(x)
-    return Routed(x, h, jnp.where(positions[..., None] >= 0, ids, -1), weights), cache
+    ids = jnp.where(positions[..., None] >= 0, ids, -1)
+    if spec.router.capacity is not None and x.shape[1] > 1:
+        ids = within_capacity(ids, spec.experts.count, spec.router.capacity)
+    return Routed(x, h, ids, weights), cache
