@@ -54,7 +54,7 @@ class ConfigFields:
         value = self.raw(*names)
         if value is None:
             return None
-        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 <= value <= 1e30:
+        if isinstance(value, int | float) and _is_positive(value):
             return float(value)
         return self._refuse(names, value, "a positive number")
 
@@ -71,6 +71,13 @@ class ConfigFields:
             if type(item) is not int or not 0 <= item < below:
                 self._refuse(names, value, f"integers from 0 to {below - 1}")
         return tuple(items)
+
+    def numbers(self, *names: str) -> tuple[float, ...]:
+        """A list of positive, finite numbers that float32 can hold."""
+        value = self.raw(*names)
+        if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
+            return self._refuse(names, value, "a list of positive numbers")
+        return tuple(map(float, value))
 
     def choice(self, *names: str, choices: Mapping[str | None, _T]) -> _T:
         """What `choices` gives for the string, or for null where it has that."""
@@ -131,3 +138,7 @@ class ConfigFields:
 def _same(left: object, right: object) -> bool:
     """Equal as JSON values: unlike Python's `==`, true is not 1."""
     return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 <= value <= 1e30

@@ -10,16 +10,26 @@ from ef_jax.spec import RopeSpec
 
 _ROPE_DEFAULTS: dict[str, object] = {"rope_type": "default", "truncate": True}
 
-_ROPE_KINDS: dict[str | None, Literal["default", "linear", "yarn", "llama3"]] = {
+_STREAMS = frozenset({"mrope_interleaved", "mrope_section"})
+"""Which frequencies turn by an image's rows and columns; those of text all turn by the token's position."""
+
+_ROPE_KINDS: dict[str | None, Literal["default", "linear", "yarn", "llama3", "longrope"]] = {
     "default": "default",
     "linear": "linear",
     "yarn": "yarn",
     "llama3": "llama3",
+    "longrope": "longrope",
 }
 
 
 def rope_from_config(
-    fields: ConfigFields, width: int, *, rotary: str | None = None, interleaved: bool = False, precise: bool = False
+    fields: ConfigFields,
+    width: int,
+    *,
+    rotary: str | None = None,
+    interleaved: bool = False,
+    precise: bool = False,
+    mscales: bool = False,
 ) -> RopeSpec:
     """The rope of a config: `rope_parameters` (transformers 5), or `rope_scaling` beside a `rope_theta` (4).
 
@@ -29,6 +39,7 @@ def rope_from_config(
       rotary: the field with the share of a head that is rotated; None: all of it.
       interleaved: see `RopeSpec`.
       precise: see `RopeSpec`.
+      mscales: longrope's attention factors are `short_mscale` and `long_mscale` (Phi-3.5-MoE).
     """
     part = fields.optional_number(rotary) if rotary else None
     theta = fields.number("rope_theta")
@@ -44,7 +55,7 @@ def rope_from_config(
         inner.must_be(
             "partial_rotary_factor", (None, share), "rotating only a part of each head is not supported in this family"
         )
-        spec = _rope_spec(inner, original, context, int(width * share))
+        spec = _rope_spec(inner, original, context, int(width * share), mscales)
         found.append(dataclasses.replace(spec, interleaved=interleaved, precise=precise))
         if fields.given("rope_theta") and found[-1].theta != theta:
             raise UnsupportedError(f"rope_theta is {theta:g} but {name}.rope_theta is {found[-1].theta:g}")
@@ -55,7 +66,7 @@ def rope_from_config(
     return RopeSpec(theta=theta, dim=int(width * (part or 1.0)), interleaved=interleaved, precise=precise)
 
 
-def _rope_spec(fields: ConfigFields, original: int | None, context: int, dim: int) -> RopeSpec:
+def _rope_spec(fields: ConfigFields, original: int | None, context: int, dim: int, mscales: bool) -> RopeSpec:
     kind = fields.choice("rope_type", "type", choices=_ROPE_KINDS)
     theta = fields.number("rope_theta")
     base = functools.partial(RopeSpec, kind=kind, theta=theta, dim=dim)
@@ -76,17 +87,27 @@ def _rope_spec(fields: ConfigFields, original: int | None, context: int, dim: in
             mscale_all_dim=fields.optional_number("mscale_all_dim"),
             truncate=fields.flag("truncate"),
         )
+    elif kind == "longrope":
+        before = _original_context(fields, original, context)
+        spec = base(
+            factor=fields.optional_number("factor") or context / before,
+            original_max_position=before,
+            attention_factor=fields.number("short_mscale") if mscales else fields.optional_number("attention_factor"),
+            long_attention_factor=fields.number("long_mscale") if mscales else None,
+            short_factors=fields.numbers("short_factor"),
+            long_factors=fields.numbers("long_factor"),
+        )
     else:
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-        if high <= low:
-            raise UnsupportedError(f"high_freq_factor must be above low_freq_factor, got {high:g} and {low:g}")
+        if high < low:
+            raise UnsupportedError(f"high_freq_factor must not be below low_freq_factor, got {high:g} and {low:g}")
         spec = base(
             factor=fields.number("factor"),
             original_max_position=_original_context(fields, original, context),
             low_freq_factor=low,
             high_freq_factor=high,
         )
-    fields.close(())
+    fields.close(_STREAMS)
     return spec
 
 

@@ -126,7 +126,8 @@ def _llama3(spec: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
     if context is None:
         raise ValueError("llama3 needs original_max_position")  # RopeSpec has already refused it
     wavelength = 2 * math.pi / frequencies
-    smooth = (context / wavelength - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    between = spec.high_freq_factor - spec.low_freq_factor or 1.0  # no wavelength is between equal factors
+    smooth = (context / wavelength - spec.low_freq_factor) / between
     middle = (1 - smooth) * frequencies / spec.factor + smooth * frequencies
     stretched = np.where(wavelength > context / spec.low_freq_factor, frequencies / spec.factor, middle)
     return np.where(wavelength < context / spec.high_freq_factor, frequencies, stretched).astype(np.float32)
