@@ -13,10 +13,11 @@ from ef_jax.errors import CheckpointError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, plain_file_name, read_json_object, read_text_file
-from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, as_bytes, holds_exactly
+from ef_jax.weights.dtypes import DTYPE_OF_CODE, as_bits, as_bytes, holds_exactly
 from ef_jax.weights.huggingface import copy_rows
 from ef_jax.weights.layout import Piece
 from ef_jax.weights.manifest import HEADERS_FILE
+from ef_jax.weights.mxfp4 import unpack
 from ef_jax.weights.safetensors import TensorEntry, parse_header
 
 _Key = str | tuple[int, int]
@@ -79,7 +80,7 @@ class _Origin:
                     self._pieces[piece.tensor].append((piece, (layer, expert)))
         if spec.tie_embeddings:
             self._pieces["lm_head.weight"] = self._pieces["model.embed_tokens.weight"]
-        self._block = np.empty(spec.block_shape, WEIGHT_DTYPES[spec.dtype])
+        self._block = np.empty(spec.block_format.shape, spec.block_format.dtype)
         self._held: tuple[_Key, np.ndarray] | None = None
 
     def parts(self, tensor: str, code: str) -> Iterator[np.ndarray]:
@@ -88,12 +89,19 @@ class _Origin:
             yield self._source.read_extra(tensor)
             return
         for piece, key in self._pieces[tensor]:
-            view = piece.view(self._array(key))
+            view = piece.view(self._source.spec.block_format.place(self._array(key), piece.parts))
+            if piece.codes is not None:
+                part = np.empty(piece.shape, np.uint8)
+                unpack(piece.codes, view, part)
+                yield part
+                continue
+            if piece.dtype == "uint8":
+                view = as_bits(view)
             if piece.axes is not None:
                 part = np.empty(piece.shape, view.dtype)
                 copy_rows(view, part)
                 view = part
-            yield view.astype(DTYPE_OF_CODE[code], copy=False)
+            yield view.astype(piece.dtype or DTYPE_OF_CODE[code], copy=False)
 
     def _array(self, key: _Key) -> np.ndarray:
         # A file names an expert's three tensors in a row, so that holding one array saves most reads.

@@ -35,7 +35,7 @@ from ef_jax.errors import CheckpointError, InputError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import DENSE, SOURCE, block_name, layer_dir
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, read_text_file
-from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, WEIGHT_DTYPES, as_bytes, check_dtype_name, holds_exactly
+from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, as_bytes, check_dtype_name, holds_exactly
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.manifest import HEADERS_FILE, NAME, Manifest, is_converted, read_manifest
 from ef_jax.weights.safetensors import SafetensorsFile, parse_json
@@ -113,7 +113,7 @@ def _write_arrays(
     with Progress(len(spec.moe_layers), "layers", "converting", enabled=show_progress) as progress:
         if not manifest.dense:
             manifest = _write_dense(source, destination, manifest)
-        blocks = np.empty((spec.experts.count, *spec.block_shape), WEIGHT_DTYPES[spec.dtype])
+        blocks = np.empty((spec.experts.count, *spec.block_format.shape), spec.block_format.dtype)
         for layer in spec.moe_layers:
             if layer not in manifest.layers:
                 checksums = _read_layer(source, layer, blocks)
@@ -143,7 +143,7 @@ def _write_dense(source: HuggingFaceCheckpoint, destination: Path, manifest: Man
 
 
 def _read_layer(source: HuggingFaceCheckpoint, layer: int, blocks: np.ndarray) -> list[int]:
-    """Fill `blocks` `[E, 3, F, D]` with a layer's blocks; their checksums."""
+    """Fill `blocks` `[E, ...]` with a layer's blocks; their checksums."""
 
     def read(expert: int) -> int:
         source.read_block(layer, expert, blocks[expert])

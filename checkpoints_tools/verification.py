@@ -10,7 +10,7 @@ from ef_jax.progress import Progress
 from ef_jax.weights import Checkpoint
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
 from ef_jax.weights.directory import read_text_file
-from ef_jax.weights.dtypes import WEIGHT_DTYPES, as_bytes
+from ef_jax.weights.dtypes import as_bytes
 from ef_jax.weights.manifest import Manifest
 
 
@@ -34,7 +34,7 @@ def verify(checkpoint: Checkpoint, manifest: Manifest | None = None, show_progre
         for name, array in checkpoint.dense():
             _compare(checkpoint.path, array, manifest.dense.get(name) if manifest else None, repr(name))
             progress.update(array.nbytes)
-        block = np.empty(spec.block_shape, WEIGHT_DTYPES[spec.dtype])
+        block = np.empty(spec.block_format.shape, spec.block_format.dtype)
         for layer in spec.moe_layers:
             for expert in range(spec.experts.count):
                 checkpoint.read_block(layer, expert, block)

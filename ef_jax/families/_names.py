@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Literal
 
-ExpertLayout = Literal["per_expert", "fused", "stacked", "transposed"]
+ExpertLayout = Literal["per_expert", "fused", "stacked", "transposed", "interleaved", "mxfp4"]
 """How experts lie on disk, of a layer:
 
 per_expert: a tensor a projection and expert, what the hub mostly holds.
 fused: `experts.gate_up_proj` `[E, 2F, D]` and `experts.down_proj` `[E, D, F]`, what transformers 5 holds in memory.
 stacked: the same under other names, `input_linear.weight` and `output_linear.weight`.
 transposed: `experts.gate_up_proj` `[E, D, 2F]` and `experts.down_proj` `[E, F, D]`.
+interleaved: the same, with columns of gate and up in turn, and biases (gpt-oss in floats).
+mxfp4: 4-bit codes and scales of the same matrices, each transposed, with biases (gpt-oss as released).
 """
 
 

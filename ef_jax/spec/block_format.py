@@ -74,6 +74,23 @@ class BlockFormat:
         flat = block.reshape(-1).view(np.uint8)
         return {part.name: flat[part.offset : part.end].view(part.dtype).reshape(part.shape) for part in self.parts}
 
+    def place(self, block: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+        """A view of the part of that name; of several parts of one shape, which follow one another, stacked; of the
+        block itself if no part is named. `block` is as for `split`."""
+        if not names:
+            return block
+        first, *others = (part for part in self.parts if part.name in names)
+        if not others:
+            return self.split(block)[first.name]
+        strides = [first.dtype.itemsize * math.prod(first.shape[axis + 1 :]) for axis in range(len(first.shape))]
+        return np.ndarray(
+            (len(names), *first.shape),
+            first.dtype,
+            block.reshape(-1).view(np.uint8).data,
+            first.offset,
+            (others[0].offset - first.offset, *strides),
+        )
+
     def clear_gaps(self, block: np.ndarray) -> None:
         """Zeros between the parts of a block and after the last."""
         flat = block.reshape(-1).view(np.uint8)
@@ -92,13 +109,12 @@ def block_format(
       weights: their shape.
       dtype: of weights that are not quantized, and of biases.
       quantization: how the weights are stored; None: as `dtype`.
-      bias: the projections have biases.
+      bias: the projections, gate and up and down, have biases.
     """
-    parts, width, hidden = weights
+    _, width, hidden = weights
     contents: _Contents = (("weights", weights, dtype),) if quantization is None else _QUANTIZED[quantization](weights)
     if bias:
-        names = ("gate_bias", "up_bias") if parts == 3 else ("up_bias",)
-        contents += (*((name, (width,), dtype) for name in names), ("down_bias", (hidden,), dtype))
+        contents += (("gate_bias", (width,), dtype), ("up_bias", (width,), dtype), ("down_bias", (hidden,), dtype))
     placed: list[BlockPart] = []
     for name, shape, kind in contents:
         offset = _aligned(placed[-1].end) if placed else 0

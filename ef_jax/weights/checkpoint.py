@@ -11,7 +11,7 @@ import numpy as np
 
 from ef_jax.errors import CheckpointError, InputError
 from ef_jax.spec import ModelSpec
-from ef_jax.weights.dtypes import WEIGHT_DTYPES, has_nonfinite
+from ef_jax.weights.dtypes import has_nonfinite
 from ef_jax.weights.layout import Layout
 
 
@@ -48,12 +48,13 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def read_block(self, layer: int, expert: int, out: np.ndarray) -> None:
-        """Fill `out` with one expert's block: gate, up, transposed down. Thread-safe.
+        """Fill `out` with one expert's block: gate, up, transposed down, or the parts that they are kept as.
+        Thread-safe.
 
         Args:
           layer: decoder layer index, one of `spec.moe_layers`.
           expert: index below `spec.experts.count`.
-          out: `[3, F, D]` of the spec's dtype, C-contiguous.
+          out: an array as `spec.block_format` says, C-contiguous: `[3, F, D]` of the spec's dtype, if nothing else.
 
         Raises:
           CheckpointError: the block cannot be read or, from a Hugging Face checkpoint, holds NaN or infinity.
@@ -77,11 +78,10 @@ class Checkpoint(abc.ABC):
             raise InputError(f"layer {layer} has no experts; the layers that do are {self.spec.moe_layers}")
         if not 0 <= expert < self.spec.experts.count:
             raise InputError(f"expert {expert} is not below {self.spec.experts.count}")
-        dtype = WEIGHT_DTYPES[self.spec.dtype]
-        if out.shape != self.spec.block_shape or out.dtype != dtype or not out.flags.c_contiguous:
+        form = self.spec.block_format
+        if out.shape != form.shape or out.dtype != form.dtype or not out.flags.c_contiguous:
             raise InputError(
-                f"a block is a contiguous {self.spec.dtype} array {list(self.spec.block_shape)},"
-                f" got {out.dtype} {list(out.shape)}"
+                f"a block is a contiguous {form.dtype} array {list(form.shape)}, got {out.dtype} {list(out.shape)}"
             )
 
 

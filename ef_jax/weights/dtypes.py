@@ -32,6 +32,7 @@ BITS_OF_CODE = {
 }
 """Every dtype code that a safetensors header may hold, and its bits a value."""
 
+_E8M0_NAN = 255
 _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
@@ -49,6 +50,8 @@ def check_dtype_name(name: str) -> DtypeName:
 def holds_exactly(name: str, code: str, *, widens: bool) -> bool:
     """Whether a weight stored as `code` is the same in dtype `name`: it has that dtype, or a narrower one of floats
     where it may be widened."""
+    if name == "uint8":
+        return code == "U8"
     stored = DTYPE_OF_CODE.get(code)
     return code == CODE_OF_NAME[name] or (widens and name == "float32" and stored is not None and stored.itemsize == 2)
 
@@ -64,13 +67,16 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def has_nonfinite(array: np.ndarray) -> bool:
-    """Whether an array of one of `WEIGHT_DTYPES` holds NaN or an infinity.
+    """Whether an array of one of `WEIGHT_DTYPES`, or of scales in float8_e8m0fnu, holds NaN or an infinity; integers
+    never do.
 
     Two integer maxima and no temporary: about 15 GB/s, against under 2 GB/s for `np.isfinite`. Read as signed
     integers, positive NaN and infinity are the largest values there are; read as unsigned ones, the negative are.
     """
-    if array.size == 0:
+    if array.size == 0 or array.dtype.kind in "iu":
         return False
+    if array.dtype == ml_dtypes.float8_e8m0fnu:
+        return int(as_bits(array).max()) == _E8M0_NAN
     exponent = _EXPONENT[array.dtype.name]
     bits = as_bits(array)
     sign = 1 << (8 * array.dtype.itemsize - 1)

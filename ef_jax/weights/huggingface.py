@@ -15,6 +15,7 @@ from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_obje
 from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits, holds_exactly
 from ef_jax.weights.layout import Expected, Layout, Piece, family_names, stored_experts
 from ef_jax.weights.model_config import read_model_config
+from ef_jax.weights.mxfp4 import pack
 from ef_jax.weights.safetensors import SafetensorsFile
 
 _LOG = logging.getLogger("ef_jax")
@@ -81,9 +82,12 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def read_block(self, layer: int, expert: int, out: np.ndarray) -> None:
         self._check_block(layer, expert, out)
+        form = self.spec.block_format
+        form.clear_gaps(out)
         for piece in self.layout.block(layer, expert):
-            self._read_piece(piece, out)
-        check_finite(out, f"layer {layer} expert {expert}", self.path)
+            self._read_piece(piece, form.place(out, piece.parts))
+        for part in form.split(out).values():
+            check_finite(part, f"layer {layer} expert {expert}", self.path)
 
     def read_extra(self, name: str) -> np.ndarray:
         """One of the `extra` tensors as raw bytes, uint8 `[nbytes]`."""
@@ -119,7 +123,9 @@ class HuggingFaceCheckpoint(Checkpoint):
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} has shape {list(entry.shape)}, config.json needs {list(shape)}"
                 )
-            if entry.dtype not in DTYPE_OF_CODE:
+            if dtype == "uint8" and entry.dtype != "U8":
+                raise CheckpointError(f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}, MXFP4 is U8")
+            if dtype != "uint8" and entry.dtype not in DTYPE_OF_CODE:
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}; only float weights"
                     f" ({', '.join(DTYPE_OF_CODE)}) can be read"
@@ -145,7 +151,14 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _read_piece(self, piece: Piece, array: np.ndarray) -> None:
         """Read a piece into its place in `array`, strip by strip where it must be converted or transposed."""
         file = self._file_of[piece.tensor]
-        dtype = DTYPE_OF_CODE[file.tensors[piece.tensor].dtype]
+        if piece.codes is not None:
+            run = self._scratch.take(math.prod(piece.shape)).reshape(piece.shape)
+            file.read(piece.tensor, run, piece.start)
+            pack(piece.codes, run, piece.view(array))
+            return
+        if piece.dtype == "uint8":
+            array = as_bits(array)
+        dtype = np.dtype(piece.dtype or DTYPE_OF_CODE[file.tensors[piece.tensor].dtype])
         place = piece.view(array)
         start = piece.start * dtype.itemsize
         if dtype == array.dtype and piece.axes is None:

@@ -5,9 +5,23 @@ d + D/2 of a row, and the down projection is transposed. Both ways are exact. A 
 threads run meanwhile.
 """
 
+from typing import Literal
+
 import numpy as np
 
 _CHUNK_BYTES = 128 << 10
+
+Codes = Literal["rows", "columns"]
+
+
+def pack(codes: Codes, shipped: np.ndarray, packed: np.ndarray) -> None:
+    """`pack_rows` or `pack_columns`."""
+    (pack_rows if codes == "rows" else pack_columns)(shipped, packed)
+
+
+def unpack(codes: Codes, packed: np.ndarray, shipped: np.ndarray) -> None:
+    """The inverse of `pack`."""
+    (unpack_rows if codes == "rows" else unpack_columns)(packed, shipped)
 
 
 def pack_rows(shipped: np.ndarray, packed: np.ndarray) -> None:

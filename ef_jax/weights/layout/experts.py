@@ -5,19 +5,22 @@ from collections.abc import Collection
 from ef_jax.errors import UnsupportedError
 from ef_jax.families import ExpertLayout, TensorNames
 from ef_jax.spec import ModelSpec
+from ef_jax.weights.layout.gpt_oss import gpt_oss_pieces
 from ef_jax.weights.layout.pieces import TRANSPOSED, Piece, block_pieces
 
 
 def expert_pieces(
     spec: ModelSpec, names: TensorNames, experts: ExpertLayout, layer: int, expert: int
 ) -> tuple[Piece, ...]:
-    """The pieces that fill one expert's block `[3, F, D]`."""
+    """The pieces that fill one expert's block."""
     count, width, hidden = spec.experts.count, spec.experts.width, spec.hidden
     size = width * hidden
     module = f"{names.model}.layers.{layer}.{_module(names, experts)}"
     if experts == "per_expert":
         projections = (names.gate, names.up, names.down)
         return block_pieces([f"{module}.experts.{expert}.{name}.weight" for name in projections], width, hidden)
+    if experts in ("interleaved", "mxfp4"):
+        return gpt_oss_pieces(spec, f"{module}.experts", expert)
     gate_up, down = _tensors(module, experts)
     if experts == "transposed":
         return (
@@ -46,6 +49,8 @@ def stored_experts(spec: ModelSpec, names: TensorNames, present: Collection[str]
     """
     if not names.experts:
         raise UnsupportedError(f"no layout of experts is known for {spec.family!r}")
+    if spec.experts.quantization is not None:
+        return spec.experts.quantization
     for experts in names.experts:
         if expert_pieces(spec, names, experts, spec.moe_layers[0], 0)[0].tensor in present:
             return experts

@@ -19,7 +19,7 @@ class Expected(NamedTuple):
     """A Hugging Face tensor that a model must have: its shape, and the dtype that we hold it in (None: the model's)."""
 
     shape: tuple[int, ...]
-    dtype: Literal["float32"] | None = None
+    dtype: Literal["float32", "uint8"] | None = None
 
 
 class Layout:
@@ -40,7 +40,7 @@ class Layout:
         self._unused = [pattern.format(layers=len(spec.layers)) for pattern in self.names.unused]
 
     def block(self, layer: int, expert: int) -> tuple[Piece, ...]:
-        """The pieces of one expert block `[3, F, D]`."""
+        """The pieces of one expert's block."""
         return expert_pieces(self.spec, self.names, self.experts, layer, expert)
 
     def tensors(self) -> dict[str, Expected]:
@@ -52,7 +52,8 @@ class Layout:
         }
         for layer in self.spec.moe_layers:
             for expert in range(self.spec.experts.count):
-                expected |= {piece.tensor: Expected(piece.tensor_shape) for piece in self.block(layer, expert)}
+                pieces = self.block(layer, expert)
+                expected |= {piece.tensor: Expected(piece.tensor_shape, piece.dtype) for piece in pieces}
         return expected
 
     def is_unused(self, tensor: str) -> bool:

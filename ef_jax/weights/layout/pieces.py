@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A run of one Hugging Face tensor and its place in one of our arrays.
+    """A run of one Hugging Face tensor and its place in one of our arrays, or in one of a block's parts.
 
     Attributes:
       tensor: the tensor's name.
@@ -18,6 +18,9 @@ class Piece:
       of: shape of the whole tensor; None: the run is all of it, in its own shape.
       where: index of our array that selects the run's place.
       axes: the place's axes in the order of the run's; None: as they are.
+      parts: the part of a block; several of one shape are stacked. Empty: the array is the block.
+      dtype: of the tensor, where that is not a float's.
+      codes: the run has 4-bit codes, which a block has in other places: of its rows, or of its columns (`mxfp4.py`).
     """
 
     tensor: str
@@ -26,6 +29,9 @@ class Piece:
     of: tuple[int, ...] | None = None
     where: int | slice | EllipsisType = ...
     axes: tuple[int, ...] | None = None
+    parts: tuple[str, ...] = ()
+    dtype: Literal["uint8"] | None = None
+    codes: Literal["rows", "columns"] | None = None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -33,7 +39,7 @@ class Piece:
         return self.shape if self.of is None else self.of
 
     def view(self, array: np.ndarray) -> np.ndarray:
-        """The run's place in our `array`, shaped as the run is."""
+        """The run's place in our `array`, shaped as the run is, or as the run's transpose where `codes` are columns."""
         place = array[self.where]
         return place if self.axes is None else place.transpose(self.axes)
 
