@@ -23,6 +23,7 @@ from ef_jax.families import (
     phimoe,
     qwen2_moe,
     qwen3_moe,
+    switch_transformers,
 )
 from ef_jax.families._family import Family
 from ef_jax.families._fields import ConfigFields, show
@@ -45,6 +46,7 @@ FAMILIES: Mapping[str, Family] = {
         granitemoe,
         ernie4_5_moe,
         phimoe,
+        switch_transformers,
     )
 }
 """By `model_type`."""
@@ -86,9 +88,9 @@ def spec_from_config(config: Mapping[str, object]) -> ModelSpec:
 
 
 def _spec(fields: ConfigFields, family: Family) -> ModelSpec:
-    hidden, count = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
+    hidden, count = fields.integer(*family.hidden), fields.integer(*family.layer_count)
     if count > _MAX_LAYERS:
-        raise UnsupportedError(f"num_hidden_layers must be at most {_MAX_LAYERS}, got {count}")
+        raise UnsupportedError(f"{family.layer_count[0]} must be at most {_MAX_LAYERS}, got {count}")
     layers = family.layers(fields, count)
     dense_width = None if family.dense_width is None else fields.integer(family.dense_width)
     return ModelSpec(

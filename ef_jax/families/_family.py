@@ -12,6 +12,7 @@ from ef_jax.spec import (
     ExpertSpec,
     LatentAttentionSpec,
     LayerSpec,
+    RelativeAttentionSpec,
     RouterSpec,
     SharedExpertSpec,
 )
@@ -39,6 +40,7 @@ class Family:
       delta_net: None where there is none.
       shared: None where there is none.
       dense_width: the field with the width of dense layers; None: there are none.
+      hidden, layer_count: spellings of the fields with the hidden size and the number of layers.
       more: other fields of `ModelSpec`.
       norm: of all layers, as `ModelSpec` has it, and `norm_eps` the field with its epsilon.
       text: the field that holds the language model's own config where the file describes more than that; `outer` are
@@ -53,12 +55,14 @@ class Family:
     names: TensorNames
     defaults: Mapping[str, object]
     layers: Callable[[ConfigFields, int], tuple[LayerSpec, ...]]
-    attention: Callable[[ConfigFields, int], AttentionSpec | LatentAttentionSpec]
+    attention: Callable[[ConfigFields, int], AttentionSpec | LatentAttentionSpec | RelativeAttentionSpec]
     router: Callable[[ConfigFields], RouterSpec]
     experts: Callable[[ConfigFields], ExpertSpec]
     shared: Callable[[ConfigFields], SharedExpertSpec | None] = _none
     delta_net: Callable[[ConfigFields], DeltaNetSpec | None] = _none
     dense_width: str | None = None
+    hidden: tuple[str, ...] = ("hidden_size",)
+    layer_count: tuple[str, ...] = ("num_hidden_layers",)
     more: Callable[[ConfigFields], dict[str, Any]] = _nothing
     norm: Literal["rms", "rms_f32", "rms_offset", "layer"] = "rms"
     norm_eps: str = "rms_norm_eps"

@@ -7,6 +7,7 @@ from ef_jax.families import ExpertLayout, TensorNames
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.layout.gpt_oss import gpt_oss_pieces
 from ef_jax.weights.layout.pieces import TRANSPOSED, Piece, block_pieces
+from ef_jax.weights.layout.switch_transformers import stack_expert_pieces
 
 
 def expert_pieces(
@@ -15,6 +16,8 @@ def expert_pieces(
     """The pieces that fill one expert's block."""
     count, width, hidden = spec.experts.count, spec.experts.width, spec.hidden
     size = width * hidden
+    if experts == "by_stack":
+        return stack_expert_pieces(spec, layer, expert)
     module = f"{names.model}.layers.{layer}.{_module(names, experts)}"
     if experts == "per_expert":
         projections = (names.gate, names.up, names.down)

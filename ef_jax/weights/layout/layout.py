@@ -11,6 +11,7 @@ from ef_jax.weights.layout.attention import attention_sources
 from ef_jax.weights.layout.experts import expert_pieces
 from ef_jax.weights.layout.latent_attention import latent_attention_sources
 from ef_jax.weights.layout.pieces import ArraySource, Piece, packed, whole
+from ef_jax.weights.layout.switch_transformers import stack_sources
 
 _DENSE = ("gate_proj", "up_proj", "down_proj")
 
@@ -77,6 +78,9 @@ def family_names(spec: ModelSpec) -> TensorNames:
 
 
 def _dense(spec: ModelSpec, names: TensorNames, moe: str) -> Iterator[tuple[str, ArraySource]]:
+    if spec.encodes:
+        yield from stack_sources(spec)
+        return
     hidden, model = spec.hidden, names.model
     yield "embed.weight", whole(f"{model}.embed_tokens.weight", (spec.vocab, hidden))
     for index, layer in enumerate(spec.layers):
