@@ -17,6 +17,8 @@ from ef_jax.families import (
     glm4_moe,
     granitemoe,
     kimi_k2,
+    llama4,
+    llama4_text,
     minimax_m2,
     mixtral,
     olmoe,
@@ -46,6 +48,8 @@ FAMILIES: Mapping[str, Family] = {
         granitemoe,
         ernie4_5_moe,
         phimoe,
+        llama4,
+        llama4_text,
         switch_transformers,
     )
 }

@@ -122,7 +122,7 @@ class DecoderLayer(nnx.Module):
             return self._add(x, routed if self.shared is None else routed + self.shared(h))
 
     def _add(self, x: Float[Array, "B T D"], part: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x + (part if self.residual_scale == 1.0 else part * self.residual_scale)
+        return x + _times(part, self.residual_scale)
 
 
 class TokenEnds(nnx.Module):
@@ -143,7 +143,7 @@ class TokenEnds(nnx.Module):
     def embed_tokens(self, ids: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Embeddings of token ids in `[0, V)`."""
         x = self.embed.weight[...][ids]
-        return x if self.embed_scale == 1.0 else x * self.embed_scale
+        return _times(x, self.embed_scale)
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
         """Next-token logits of the residual stream after the last layer; never rounded to the model's dtype."""
@@ -168,3 +168,8 @@ class Decoder(TokenEnds):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         super().__init__(spec, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(spec, layer.kind, rngs=rngs) for layer in spec.layers])
+
+
+def _times(x: Float[Array, "*rows D"], factor: float) -> Float[Array, "*rows D"]:
+    """`x * factor`, the factor not rounded to x's dtype."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -411,7 +411,7 @@ class Programs(ProgramArguments):
                 return entered, cache, None
             report, known = look_from_layer(self.spec, self.look_ahead, look, entered, take(state, rows))
             return entered, cache, (report, put(state, rows, known))
-        rows = steps.sort_rows(entered, self.spec.experts.count)
+        rows = steps.sort_rows(self.spec, entered)
         return (entered, rows, jnp.zeros_like(rows.rows)), cache, None
 
     def _leave(self, width, kind, finish, carried):  # type: ignore[no-untyped-def]
@@ -423,7 +423,7 @@ class Programs(ProgramArguments):
             output = steps.combine_step(self.spec, routed, outputs)
         else:
             routed, order, outputs = carried
-            output = combine(outputs, order, routed.weights)
+            output = combine(outputs, order, steps.output_weights(self.spec, routed))
         return steps.finish_experts(self.spec, finish, routed, output)
 
     def _top(self, leaves):  # type: ignore[no-untyped-def]

@@ -42,11 +42,26 @@ class SortedRows(NamedTuple):
     sizes: Int32[Array, "E"]
 
 
-def sort_rows(routed: Routed, experts: int) -> SortedRows:
+def sort_rows(spec: ModelSpec, routed: Routed) -> SortedRows:
     """Rows of a chunk sorted by expert, ties in token order; padding rows come last."""
-    order, sizes = expert_order(routed.ids, experts)
+    order, sizes = expert_order(routed.ids, spec.experts.count)
     hidden = routed.h.reshape(-1, routed.h.shape[-1])
-    return SortedRows(hidden[order // routed.ids.shape[-1]], order, sizes)
+    rows = hidden[order // routed.ids.shape[-1]]
+    return SortedRows(_expert_inputs(spec, rows, routed.weights.reshape(-1)[order]), order, sizes)
+
+
+def output_weights(spec: ModelSpec, routed: Routed) -> Float[Array, "B T K"]:
+    """What each expert's output counts for in its token's sum: one where the weight has scaled the input."""
+    return jnp.ones_like(routed.weights) if spec.experts.scale_input else routed.weights
+
+
+def _expert_inputs(spec: ModelSpec, rows: Float[Array, "M D"], weights: Float[Array, " M"]) -> Float[Array, "M D"]:
+    if not spec.experts.scale_input:
+        return rows
+    # Rounded before an expert reads them, in every program alike: XLA may leave out a conversion, but not this.
+    info = jnp.finfo(rows.dtype)
+    scaled = rows.astype(jnp.float32) * weights.astype(jnp.float32)[:, None]
+    return jax.lax.reduce_precision(scaled, info.nexp, info.nmant).astype(rows.dtype)
 
 
 def run_experts(
@@ -79,16 +94,18 @@ def run_experts(
         if _single(routed):
             ids = routed.ids.reshape(-1)
             x = jnp.broadcast_to(routed.h.reshape(1, -1), (ids.shape[0], routed.h.shape[-1]))
+            x = _expert_inputs(spec, x, routed.weights.reshape(-1))
             return run(x, weights, jnp.where(ids < 0, -1, slot_row[ids]), None)
-        rows = sort_rows(routed, spec.experts.count)
+        rows = sort_rows(spec, routed)
         return run(rows.rows, weights, slot_row, rows.sizes)
 
 
 def combine_step(spec: ModelSpec, routed: Routed, outputs: Float[Array, "M D"]) -> Float[Array, "B T D"]:
     """The weighted sum of each token's K outputs of `run_experts`."""
+    weights = output_weights(spec, routed)
     if _single(routed):
-        return weighted_sum(outputs.reshape(*routed.ids.shape, -1), routed.weights)
-    return combine(outputs, sort_rows(routed, spec.experts.count).order, routed.weights)
+        return weighted_sum(outputs.reshape(*routed.ids.shape, -1), weights)
+    return combine(outputs, sort_rows(spec, routed).order, weights)
 
 
 def _single(routed: Routed) -> bool:

@@ -66,7 +66,8 @@ def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: jax.Array, spe
     out = jnp.zeros_like(flat)
     for expert in range(spec.experts.count):
         weight = jnp.where(ids == expert, weights, 0).sum(-1).reshape(-1, 1)
-        out += (nn.ffn(flat, blocks[expert], spec.experts.activation) * weight).astype(out.dtype)
+        before, after = (weight.astype(flat.dtype), 1) if spec.experts.scale_input else (1, weight)
+        out += (nn.ffn(flat * before, blocks[expert], spec.experts.activation) * after).astype(out.dtype)
     return out.reshape(h.shape)
 
 

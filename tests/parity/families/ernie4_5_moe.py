@@ -22,4 +22,10 @@ LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
     (4, {"moe_norm_min": 0.9, "rope_parameters": _common.LLAMA3}),
 )
 
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"use_bias": True}, "use_bias"),
+    ({"moe_use_aux_free": False}, "moe_use_aux_free"),
+    ({"moe_layer_start_index": 3}, "no MoE layer"),
+)
+
 RECORDED: dict[str, tuple[int, dict[str, Any]]] = {"ernie4_5_moe": (10, {"moe_k": 3})}

@@ -21,4 +21,9 @@ LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
     (4, {"residual_multiplier": 0.22, "hidden_act": "gelu", "num_experts_per_tok": 6}),
 )
 
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"residual_multiplier": 0.0}, "residual_multiplier"),
+    ({"sliding_window": 8}, "sliding_window"),
+)
+
 RECORDED: dict[str, tuple[int, dict[str, Any]]] = {"granitemoe": (10, FACTORS | {"tie_word_embeddings": True})}

@@ -29,4 +29,12 @@ LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
     (4, {"attention_bias": True, "sliding_window": 6, "tie_word_embeddings": True}),
 )
 
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"num_experts_per_tok": 3}, "num_experts_per_tok"),
+    ({"rope_parameters": _common.YARN}, "rope_type"),
+    ({"rope_parameters": SHORT | {"long_mscale": None}}, "rope_parameters.long_mscale"),
+    ({"rope_parameters": SHORT | {"long_factor": [1.0, -2.0]}}, "rope_parameters.long_factor"),
+    ({"rope_parameters": SHORT | {"short_factor": [1.0]}}, "short_factors"),
+)
+
 RECORDED: dict[str, tuple[int, dict[str, Any]]] = {"phimoe": (10, BIASES | {"rope_parameters": SHORT})}
