@@ -89,10 +89,18 @@ def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namesp
             "format": written.format,
             "family": written.spec.family,
             "dtype": written.spec.dtype,
+            **_dequantized(checkpoint),
             "bytes": written.nbytes,
             "experts": written.spec.total_experts,
             "verified": options.verify,
         }
+
+
+def _dequantized(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a conversion does beside reordering: FP8 weights come back as floats, and there is no way back to FP8."""
+    if isinstance(checkpoint, HuggingFaceCheckpoint) and checkpoint.fp8:
+        return {"dequantized": f"fp8 to {checkpoint.spec.dtype}"}
+    return {}
 
 
 def _keep_off_accelerators() -> None:

@@ -14,11 +14,11 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     details: dict[str, Any] = {}
     if isinstance(checkpoint, HuggingFaceCheckpoint):
         files = {name: file.data_bytes for name, file in checkpoint.files.items()}
-        details = {"files": files, "extra": checkpoint.extra}
+        details = {"files": files, "extra": checkpoint.extra, "fp8_weights": len(checkpoint.fp8)}
     elif isinstance(checkpoint, ConvertedCheckpoint):
         details = {"files": sorted(checkpoint.manifest.files), "extra": sorted(checkpoint.manifest.extra)}
     dense = sum(math.prod(source.shape) for source in layout.dense.values())
-    block = math.prod(spec.block_shape)
+    block = math.prod(spec.block_shape) + (2 * spec.experts.width + spec.hidden) * spec.experts.bias
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,

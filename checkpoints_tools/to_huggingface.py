@@ -78,17 +78,23 @@ class _Origin:
             for expert in range(spec.experts.count):
                 for piece in layout.block(layer, expert):
                     self._pieces[piece.tensor].append((piece, (layer, expert)))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda found: found[0].start)
         if spec.tie_embeddings:
             self._pieces["lm_head.weight"] = self._pieces["model.embed_tokens.weight"]
         self._block = np.empty(spec.block_format.shape, spec.block_format.dtype)
-        self._held: tuple[_Key, np.ndarray] | None = None
+        self._block_key: tuple[int, int] | None = None
+        self._dense: dict[str, np.ndarray] = {}
 
     def parts(self, tensor: str, code: str) -> Iterator[np.ndarray]:
         """The tensor's bytes in dtype `code`, as contiguous arrays in order; each is valid until the next."""
         if tensor in self._source.manifest.extra:
             yield self._source.read_extra(tensor)
             return
-        for piece, key in self._pieces[tensor]:
+        pieces = self._pieces[tensor]
+        needed = {key for _, key in pieces}
+        self._dense = {name: array for name, array in self._dense.items() if name in needed}
+        for piece, key in pieces:
             view = piece.view(self._source.spec.block_format.place(self._array(key), piece.parts))
             if piece.codes is not None:
                 part = np.empty(piece.shape, np.uint8)
@@ -104,16 +110,17 @@ class _Origin:
             yield view.astype(piece.dtype or DTYPE_OF_CODE[code], copy=False)
 
     def _array(self, key: _Key) -> np.ndarray:
-        # A file names an expert's three tensors in a row, so that holding one array saves most reads.
-        if self._held is None or self._held[0] != key:
-            if isinstance(key, str):
-                array = self._source.read_dense(key)
-            else:
-                array = self._block
-                self._held = None
-                self._source.read_block(*key, array)
-            self._held = (key, array)
-        return self._held[1]
+        # A file names an expert's three tensors in a row, as it does those of a fused array, so that holding what the
+        # last tensor was made of saves most reads.
+        if isinstance(key, str):
+            if key not in self._dense:
+                self._dense[key] = self._source.read_dense(key)
+            return self._dense[key]
+        if key != self._block_key:
+            self._block_key = None
+            self._source.read_block(*key, self._block)
+            self._block_key = key
+        return self._block
 
 
 def _headers(path: Path) -> dict[str, bytes]:

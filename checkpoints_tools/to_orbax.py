@@ -66,9 +66,9 @@ def convert_to_orbax(
       CheckpointError: the source cannot be read or holds NaN; the destination is removed.
       InputError: the destination cannot be used or written. What was finished of it stays, for resuming.
     """
-    read = {name: file for name, file in source.files.items() if file.tensors.keys() - set(source.unused)}
+    read = {name: file for name, file in source.files.items() if file.tensors.keys() - source.left_out}
     headers = {name: _header_in_dtype(source, file) for name, file in read.items()}
-    files = _source_files(source, headers, converts=dtype is not None)
+    files = _source_files(source, headers, converts=dtype is not None or bool(source.fp8))
     arrays = len(source.layout.dense) + len(source.extra) + source.spec.total_experts
     weights_bytes = sum(_tensor_bytes(header) for header in headers.values())
     manifest = Manifest(
@@ -244,14 +244,16 @@ def _source_files(source: HuggingFaceCheckpoint, headers: dict[str, bytes], conv
     files = {name: read_text_file(source.path / name) for name in names}
     if converts:
         config = parse_json(files["config.json"])
+        if source.fp8:
+            del config["quantization_config"]
         config |= {key: source.spec.dtype for key in ("dtype", "torch_dtype") if key in config} or {
             "torch_dtype": source.spec.dtype
         }
         files["config.json"] = _json(config)
-    if INDEX_FILE in files and (converts or source.unused):
+    if INDEX_FILE in files and (converts or source.left_out):
         index = parse_json(files[INDEX_FILE])
         index["metadata"] = {"total_size": sum(_tensor_bytes(header) for header in headers.values())}
-        index["weight_map"] = {k: name for k, name in index["weight_map"].items() if k not in source.unused}
+        index["weight_map"] = {k: name for k, name in index["weight_map"].items() if k not in source.left_out}
         files[INDEX_FILE] = _json(index)
     texts = {name: header.decode() for name, header in headers.items()}
     return files | {HEADERS_FILE: json.dumps(texts).encode()}
@@ -261,7 +263,7 @@ def _header_in_dtype(source: HuggingFaceCheckpoint, file: SafetensorsFile) -> by
     """The file's header without unused tensors and with the weights in the dtypes that they are held in, or narrower
     ones that they are the same in; as it is if nothing changes."""
     codes = {
-        name: _code(source, name, entry.dtype) for name, entry in file.tensors.items() if name not in source.unused
+        name: _code(source, name, entry.dtype) for name, entry in file.tensors.items() if name not in source.left_out
     }
     if codes == {name: entry.dtype for name, entry in file.tensors.items()}:
         return file.header

@@ -31,6 +31,8 @@ from ef_jax.families._family import Family
 from ef_jax.families._fields import ConfigFields, show
 from ef_jax.families._names import ExpertLayout as ExpertLayout
 from ef_jax.families._names import TensorNames as TensorNames
+from ef_jax.families._quantization import Fp8Blocks as Fp8Blocks
+from ef_jax.families._quantization import fp8_blocks as fp8_blocks
 from ef_jax.spec import ModelSpec
 
 FAMILIES: Mapping[str, Family] = {
@@ -80,6 +82,7 @@ def spec_from_config(config: Mapping[str, object]) -> ModelSpec:
         config = _language_model(config, family)
     fields = ConfigFields(config, family.defaults)
     _check_quantization(fields, family)
+    fp8_blocks(config)
     known = (None, [], *([name] for name in family.architectures))
     expected = " or ".join(family.architectures)
     fields.must_be("architectures", known, f"only {expected} is supported for {model_type}")

@@ -1,18 +1,69 @@
 """FP8 (e4m3) weights with a scale a block, back to the float dtype of their model."""
 
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import numpy as np
 
-from ef_jax.families._quantization import Fp8Blocks
+from ef_jax.errors import CheckpointError
+from ef_jax.families import Fp8Blocks, fp8_blocks
 from ef_jax.weights.dtypes import as_bytes
+from ef_jax.weights.safetensors import TensorEntry
 
-SCALE_SUFFIX = "_scale_inv"
-"""`x.weight` has its scales in `x.weight_scale_inv`; a weight is its FP8 value times its block's scale."""
-
+_LOG = logging.getLogger("ef_jax")
+_CODE = "F8_E4M3"
 _SHIFT = np.int32(20)
 _KEPT = np.uint32(0x87F00000).view(np.int32)
 _BIAS = np.float32(2.0**120)
 _TURN_ELEMENTS = 1 << 16  # the float32 intermediate stays in the cache of a core
 _NAN = 0xFF
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Weight:
+    """How to read one FP8 weight: the name of its scales, `x.weight_scale_inv` for `x.weight`, and their blocks."""
+
+    scales: str
+    blocks: Fp8Blocks
+
+
+def fp8_weights(
+    config: Mapping[str, object], weights: Iterable[str], stored: Mapping[str, TensorEntry], path: Path
+) -> dict[str, Fp8Weight]:
+    """Which of a checkpoint's `weights` are FP8 with scales beside them; `stored` are all its tensors.
+
+    Raises:
+      CheckpointError: scales are missing or do not fit.
+      UnsupportedError: the config describes FP8 that is not implemented.
+    """
+    blocks = fp8_blocks(config)
+    found = {}
+    for name in weights:
+        if name in stored and stored[name].dtype == _CODE:
+            if blocks is None:
+                raise CheckpointError(
+                    f"{str(path)!r}: {name!r} is FP8, but config.json has no quantization_config of quant_method 'fp8'"
+                )
+            found[name] = Fp8Weight(scales=f"{name}_scale_inv", blocks=blocks)
+            _check_scales(name, stored[name], stored.get(found[name].scales), blocks, path)
+    if found:
+        _LOG.info("%r: %d FP8 weights are dequantized as they are read", str(path), len(found))
+    return found
+
+
+def _check_scales(name: str, weight: TensorEntry, scales: TensorEntry | None, blocks: Fp8Blocks, path: Path) -> None:
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"{str(path)!r}: {name!r} is FP8 of shape {list(weight.shape)}; only matrices may be")
+    if scales is None:
+        raise CheckpointError(f"{str(path)!r}: {name!r} is FP8, but its scales {name + '_scale_inv'!r} are missing")
+    shape = blocks.scales_of(weight.shape)
+    if scales.shape != shape or scales.dtype != "F32":
+        raise CheckpointError(
+            f"{str(path)!r}: the scales {name + '_scale_inv'!r} are {scales.dtype} {list(scales.shape)}, but"
+            f" {list(weight.shape)} in blocks of {blocks.rows} x {blocks.columns} needs F32 {list(shape)}"
+        )
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray, blocks: Fp8Blocks, first_row: int, out: np.ndarray) -> None:
@@ -30,8 +81,9 @@ def dequantize(values: np.ndarray, scales: np.ndarray, blocks: Fp8Blocks, first_
     turn = max(1, _TURN_ELEMENTS // columns)
     buffer = np.empty((min(turn, rows), columns), np.int32)
     factors = scales * _BIAS
-    if not np.isfinite(factors).all():  # scales of more than 128: none that a checkpoint is known to have
-        factors = None
+    split = not np.isfinite(factors).all()  # scales of more than 128: none that a checkpoint is known to have
+    if split:
+        factors = scales
     for first in range(0, rows, turn):
         part = values[first : first + turn]
         bits = buffer[: len(part)]
@@ -40,9 +92,9 @@ def dequantize(values: np.ndarray, scales: np.ndarray, blocks: Fp8Blocks, first_
         np.left_shift(part.view(np.int8), _SHIFT, out=bits, dtype=np.int32)
         np.bitwise_and(bits, _KEPT, out=bits)
         floats = bits.view(np.float32)
-        if factors is None:
+        if split:
             floats *= _BIAS
-        of_rows = (scales if factors is None else factors)[(first_row + first + np.arange(len(part))) // blocks.rows]
+        of_rows = factors[(first_row + first + np.arange(len(part))) // blocks.rows]
         inner = floats[:, :whole].reshape(len(part), -1, blocks.columns)
         np.multiply(inner, of_rows[:, : inner.shape[1], None], out=inner)
         if whole < columns:

@@ -13,6 +13,7 @@ from ef_jax.errors import CheckpointError
 from ef_jax.weights.checkpoint import Checkpoint, Scratch, check_finite
 from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_object, tokenizer_dir
 from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits, holds_exactly
+from ef_jax.weights.fp8 import Fp8Weight, dequantize, fp8_weights, has_nan
 from ef_jax.weights.layout import Expected, Layout, Piece, family_names, stored_experts
 from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.mxfp4 import pack
@@ -35,6 +36,8 @@ class HuggingFaceCheckpoint(Checkpoint):
       extra: names of tensors that carry no weights of their own: rotary buffers, a tied head's copy.
       expected: the tensors that hold the model's weights, by name.
       unused: names of tensors of other parts of the model, which are not read: vision towers, heads for more tokens.
+      fp8: the FP8 weights, by name, and their scales. They are handed out in the spec's dtype as other weights are.
+      left_out: names of tensors that a conversion does not have: unused ones, and scales of weights that were FP8.
     """
 
     format = "huggingface"
@@ -62,7 +65,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             names = family_names(self.spec)
             self.layout = Layout(self.spec, stored_experts(self.spec, names, self._file_of))
             self.expected = self.layout.tensors()
-            self.extra, self.unused = _check_names(path, self.expected, set(self._file_of), self.layout)
+            stored = {name: entry for file in self.files.values() for name, entry in file.tensors.items()}
+            self.fp8 = fp8_weights(read_json_object(path / "config.json"), self.expected, stored, path)
+            scales = {weight.scales for weight in self.fp8.values()}
+            self.extra, self.unused = _check_names(path, {*self.expected, *scales}, set(self._file_of), self.layout)
+            self.left_out = scales.union(self.unused)
             self._check_tensors(self.expected, converts=dtype is not None)
         except BaseException:
             self.close()
@@ -123,6 +130,8 @@ class HuggingFaceCheckpoint(Checkpoint):
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} has shape {list(entry.shape)}, config.json needs {list(shape)}"
                 )
+            if name in self.fp8:
+                continue
             if dtype == "uint8" and entry.dtype != "U8":
                 raise CheckpointError(f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}, MXFP4 is U8")
             if dtype != "uint8" and entry.dtype not in DTYPE_OF_CODE:
@@ -156,6 +165,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             file.read(piece.tensor, run, piece.start)
             pack(piece.codes, run, piece.view(array))
             return
+        if piece.tensor in self.fp8:
+            self._read_fp8(piece, array)
+            return
         if piece.dtype == "uint8":
             array = as_bits(array)
         dtype = np.dtype(piece.dtype or DTYPE_OF_CODE[file.tensors[piece.tensor].dtype])
@@ -174,6 +186,34 @@ class HuggingFaceCheckpoint(Checkpoint):
             with np.errstate(over="ignore"):
                 copy_rows(strip.astype(array.dtype, copy=False), strip_place)
 
+    def _read_fp8(self, piece: Piece, array: np.ndarray) -> None:
+        """Read a run of rows of an FP8 matrix into its place in `array`, strip by strip."""
+        file, place = self._file_of[piece.tensor], piece.view(array)
+        scales = self._read_scales(self.fp8[piece.tensor])
+        columns = file.tensors[piece.tensor].shape[1]
+        # Strips of values and, as large, of what becomes of them before it is transposed.
+        rows = max(1, _STRIP_BYTES // (columns * array.itemsize))
+        for first in range(0, len(place), rows):
+            strip_place = place[first : first + rows]
+            size = strip_place.size
+            scratch = self._scratch.take(size * (array.itemsize + 1))
+            floats = scratch[: size * array.itemsize].view(array.dtype).reshape(strip_place.shape)
+            values = scratch[size * array.itemsize :].reshape(strip_place.shape)
+            start = piece.start + first * columns
+            file.read(piece.tensor, values, start)
+            if has_nan(values):
+                raise CheckpointError(f"{piece.tensor!r} of {str(self.path)!r} holds NaN in FP8")
+            with np.errstate(over="ignore"):
+                dequantize(values, scales, self.fp8[piece.tensor].blocks, start // columns, floats)
+            copy_rows(floats, strip_place)
+
+    def _read_scales(self, weight: Fp8Weight) -> np.ndarray:
+        file = self._file_of[weight.scales]
+        scales = np.empty(file.tensors[weight.scales].shape, np.float32)
+        file.read(weight.scales, scales)
+        check_finite(scales, repr(weight.scales), self.path)
+        return scales
+
 
 def copy_rows(source: np.ndarray, target: np.ndarray) -> None:
     """Copy between arrays of one shape and dtype, either of them a transposed view, a cache line's rows at a time."""
@@ -183,14 +223,12 @@ def copy_rows(source: np.ndarray, target: np.ndarray) -> None:
         target[first : first + step] = source[first : first + step]
 
 
-def _check_names(
-    path: Path, expected: dict[str, Expected], present: set[str], layout: Layout
-) -> tuple[list[str], list[str]]:
+def _check_names(path: Path, expected: set[str], present: set[str], layout: Layout) -> tuple[list[str], list[str]]:
     """The names beyond the expected ones of `extra` and of `unused` tensors; raises for any other difference."""
-    if missing := sorted(expected.keys() - present):
+    if missing := sorted(expected - present):
         raise CheckpointError(f"{str(path)!r} lacks {_listed(missing)}")
     spec = layout.spec
-    beyond = sorted(present - expected.keys())
+    beyond = sorted(present - expected)
     extra = [name for name in beyond if _ROTARY_BUFFER.fullmatch(name) or (name == _HEAD and spec.tie_embeddings)]
     left = sorted(set(beyond) - set(extra))
     unused = [name for name in left if layout.is_unused(name)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ef_jax.errors import UnsupportedError
-from ef_jax.families._quantization import Fp8Blocks, fp8_blocks
+from ef_jax.families import Fp8Blocks, fp8_blocks
 from ef_jax.weights.fp8 import dequantize, has_nan
 
 BLOCKS = Fp8Blocks(rows=4, columns=8)
