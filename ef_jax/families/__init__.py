@@ -24,7 +24,10 @@ from ef_jax.families import (
     olmoe,
     phimoe,
     qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
     qwen3_moe,
+    qwen3_next,
     switch_transformers,
 )
 from ef_jax.families._family import Family
@@ -53,6 +56,9 @@ FAMILIES: Mapping[str, Family] = {
         llama4,
         llama4_text,
         switch_transformers,
+        qwen3_next,
+        qwen3_5_moe,
+        qwen3_5_moe_text,
     )
 }
 """By `model_type`."""

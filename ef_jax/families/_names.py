@@ -22,6 +22,7 @@ class TensorNames:
 
     Attributes:
       model: what all but the head is in.
+      attn, delta_net: what mixes tokens, below the layer.
       moe: a layer's router and experts.
       fused_moe: the same where transformers 5 has fused the experts.
       dense: a dense layer's network.
@@ -37,6 +38,7 @@ class TensorNames:
     model: str = "model"
     head: str = "lm_head"
     attn: str = "self_attn"
+    delta_net: str = "linear_attn"
     moe: str = "mlp"
     fused_moe: str = "mlp"
     dense: str = "mlp"

@@ -78,33 +78,41 @@ def delta_chunks(
     query, key, value, rate, log_decay = (
         _cut(x, axis, size) for x, axis in ((query, 2), (key, 2), (value, 3), (rate, 3), (log_decay, 3))
     )
-    until = jnp.tri(size, dtype=jnp.float32)  # [i, j]: token j is not after i
-    # From j to i, summed rather than taken from sums from the start, which lose its digits where much is forgotten.
-    steps = log_decay[..., None]
-    steps = steps * along_last(1 - until.T, steps)
-    apart = _einsum("il,cbnglj->cbngij", until, steps)
-    within = exp_of_negative(apart) * along_last(until, apart)
-    since = apart[..., 0] + log_decay[..., :1]
     keys = jnp.broadcast_to(key[:, :, :, None], (*value.shape[:-1], key.shape[-1]))
+    decays = _decays(log_decay)
+    grown, within, left = decays[..., :1], decays[..., 1:], decays[..., -1, 1:, None]
     system = _einsum("cbnik,cbnjk->cbnij", key, key)[:, :, :, None] * within * rate[..., None]
-    grown = exp_of_negative(since)[..., None]
     given = jnp.concatenate([value, keys * grown], axis=-1) * rate[..., None]
     solved = _einsum("cbngij,cbngjk->cbngik", unit_lower_inverse(system), given)
     scores = _einsum("cbnik,cbnjk->cbnij", query, key)[:, :, :, None] * within
-    asked = query[:, :, :, None] * grown
-    last = since[..., -1:]
-    left = keys * exp_of_negative(apart[..., -1, :])[..., None]
+    by_chunk = (solved, scores, query[:, :, :, None] * grown, keys * left, grown[..., -1:, :])
 
     def chunk(state, part):  # type: ignore[no-untyped-def]
-        solved, scores, asked, left, last = part
+        solved, scores, asked, left, decay = part
         change = solved[..., : value.shape[-1]] - _einsum("bngik,bngkv->bngiv", solved[..., value.shape[-1] :], state)
         out = _einsum("bngik,bngkv->bngiv", asked, state) + _einsum("bngij,bngjv->bngiv", scores, change)
-        state = state * exp_of_negative(last)[..., None] + _einsum("bngik,bngiv->bngkv", left, change)
-        return state, out
+        return state * decay + _einsum("bngik,bngiv->bngkv", left, change), out
 
-    state, out = jax.lax.scan(chunk, state, (solved, scores, asked, left, last))
-    out = jnp.moveaxis(out, 0, 3)
-    return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :tokens], state
+    if len(key) == 1:
+        state, out = chunk(state, [part[0] for part in by_chunk])
+    else:
+        state, out = jax.lax.scan(chunk, state, by_chunk)
+        out = jnp.moveaxis(out, 0, 3)
+        out = out.reshape(*out.shape[:3], -1, out.shape[-1])
+    return out[:, :, :, :tokens], state
+
+
+def _decays(log_decay: Float32[Array, "*batch n"]) -> Float32[Array, "*batch n m"]:
+    """`[i, 1 + j]`: what is left at token i of what token j wrote, 0 for later tokens; `[i, 0]`: of what was before.
+
+    The logs are summed from j to i, not taken from sums from the start, which lose its digits where much is forgotten.
+    """
+    size = log_decay.shape[-1]
+    until = jnp.tri(size, size + 1, 1, dtype=jnp.float32)  # [i, 1 + j]: j is not after i
+    steps = log_decay[..., None]
+    steps = steps * along_last(jnp.tri(size, size + 1, dtype=jnp.float32), steps)  # [l, 1 + j]: l is after j
+    apart = _einsum("il,...lj->...ij", until[:, 1:], steps)
+    return exp_of_negative(apart) * along_last(until, apart)
 
 
 def unit_lower_inverse(matrix: Float32[Array, "*batch n n"]) -> Float32[Array, "*batch n n"]:

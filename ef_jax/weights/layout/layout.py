@@ -8,6 +8,7 @@ from ef_jax.errors import UnsupportedError
 from ef_jax.families import FAMILIES, ExpertLayout, TensorNames
 from ef_jax.spec import LatentAttentionSpec, LayerSpec, ModelSpec
 from ef_jax.weights.layout.attention import attention_sources
+from ef_jax.weights.layout.delta_net import delta_net_sources
 from ef_jax.weights.layout.experts import expert_pieces
 from ef_jax.weights.layout.latent_attention import latent_attention_sources
 from ef_jax.weights.layout.pieces import ArraySource, Piece, packed, whole
@@ -86,7 +87,7 @@ def _dense(spec: ModelSpec, names: TensorNames, moe: str) -> Iterator[tuple[str,
     for index, layer in enumerate(spec.layers):
         ours, theirs = f"layers.{index}", f"{model}.layers.{index}"
         yield from _norm(spec, f"{ours}.attn_norm", f"{theirs}.input_layernorm")
-        yield from _mixer(spec, layer, f"{ours}.attn", f"{theirs}.{names.attn}")
+        yield from _mixer(spec, names, layer, f"{ours}.attn", theirs)
         yield from _norm(spec, f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm")
         if layer.ffn == "dense":
             if spec.dense_width is None:
@@ -106,13 +107,16 @@ def _norm(spec: ModelSpec, ours: str, theirs: str) -> Iterator[tuple[str, ArrayS
         yield f"{ours}.{kind}", whole(f"{theirs}.{kind}", (spec.hidden,))
 
 
-def _mixer(spec: ModelSpec, layer: LayerSpec, ours: str, theirs: str) -> Iterator[tuple[str, ArraySource]]:
-    if layer.mixer != "attention":
-        raise UnsupportedError(f"no tensor names are known for {layer.mixer}")
-    if isinstance(spec.attention, LatentAttentionSpec):
-        yield from latent_attention_sources(spec, spec.attention, ours, theirs)
+def _mixer(
+    spec: ModelSpec, names: TensorNames, layer: LayerSpec, ours: str, theirs: str
+) -> Iterator[tuple[str, ArraySource]]:
+    attention = f"{theirs}.{names.attn}"
+    if layer.mixer == "delta_net" and spec.delta_net is not None:
+        yield from delta_net_sources(spec, spec.delta_net, ours, f"{theirs}.{names.delta_net}")
+    elif isinstance(spec.attention, LatentAttentionSpec):
+        yield from latent_attention_sources(spec, spec.attention, ours, attention)
     else:
-        yield from attention_sources(spec, spec.attention, ours, theirs)
+        yield from attention_sources(spec, spec.attention, ours, attention)
 
 
 def _moe_layer(
