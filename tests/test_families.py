@@ -134,6 +134,14 @@ def test_new_and_old_spellings_mean_the_same(model_type: str) -> None:
     assert spec_from_config(new) == spec_from_config(old) == spec_from_config(old | new)
 
 
+LONGROPE: dict[str, object] = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 64,
+    "long_factor": [2.0] * 64,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -141,11 +149,14 @@ def test_new_and_old_spellings_mean_the_same(model_type: str) -> None:
         ({"dtype": "float32"}, "dtype is 'float32' but torch_dtype is 'bfloat16'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta is 1e+07"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ({"rope_scaling": LONGROPE | {"long_factor": None}}, "rope_scaling.long_factor"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0] * 63 + [0]}}, "rope_scaling.long_factor"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 63}}, "short_factors"),
+        ({"rope_scaling": LONGROPE | {"long_mscale": 1.2}}, "rope_scaling.'long_mscale'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}}, "high"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 3}}, "high"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"hidden_act": "tanh"}, "hidden_act"),
@@ -165,7 +176,6 @@ def test_new_and_old_spellings_mean_the_same(model_type: str) -> None:
         ({"mlp_only_layers": [48]}, "mlp_only_layers"),
         ({"mlp_only_layers": list(range(48))}, "no MoE layer"),
         ({"architectures": ["Qwen3MoeForSequenceClassification"]}, "architectures"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"head_dim": 7}, "even"),
         ({"num_key_value_heads": 5}, "multiple"),
         ({"eos_token_id": [1, -1]}, "eos_token_id"),
@@ -180,7 +190,25 @@ def test_refuses(changes: dict[str, object], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "gpt_oss", 3, ["qwen3_moe"]])
+def test_longrope() -> None:
+    rope = spec_from_config(released("qwen3_moe", rope_scaling=LONGROPE)).attention.rope
+    assert rope == RopeSpec(
+        kind="longrope",
+        theta=1e7,
+        dim=128,
+        factor=64.0,  # 262,144 positions for 4,096
+        original_max_position=4096,
+        short_factors=(1.0,) * 64,
+        long_factors=(2.0,) * 64,
+    )
+
+
+def test_code_that_comes_with_a_model_is_not_run() -> None:
+    plain = spec_from_config(released("qwen3_moe"))
+    assert spec_from_config(released("qwen3_moe", auto_map={"AutoModel": "evil.Model"})) == plain
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "gpt_neox", 3, ["qwen3_moe"]])
 def test_unknown_architecture_lists_the_supported(model_type: object) -> None:
     with pytest.raises(UnsupportedError, match="supported: qwen3_moe, qwen2_moe, mixtral, olmoe"):
         spec_from_config({"model_type": model_type})

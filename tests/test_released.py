@@ -19,7 +19,8 @@ FIRST_OF = {family: name for name, family in reversed(FAMILY_OF.items())}
 
 def test_every_configuration_has_a_published_size() -> None:
     assert {path.stem for path in CONFIGS.glob("*.json")} == RELEASED.keys()
-    assert set(FAMILY_OF.values()) == FAMILIES.keys()
+    # A language model by itself (`_text`) has been released with the rest of its model.
+    assert set(FAMILY_OF.values()) == {family for family in FAMILIES if not family.endswith("_text")}
 
 
 @pytest.mark.parametrize("name", FAMILY_OF)
