@@ -17,7 +17,6 @@ import numpy as np
 
 from bench import _report
 from ef_jax.weights import Checkpoint, open_checkpoint
-from ef_jax.weights.dtypes import WEIGHT_DTYPES
 
 
 def main() -> int:
@@ -58,7 +57,7 @@ def read_all(checkpoint: Checkpoint, threads: int) -> None:
     spec = checkpoint.spec
     for _ in checkpoint.dense():
         pass
-    blocks = np.empty((threads, *spec.block_shape), WEIGHT_DTYPES[spec.dtype])
+    blocks = np.empty((threads, *spec.block_format.shape), spec.block_format.dtype)
 
     def read(thread: int) -> None:
         keys = list(product(spec.moe_layers, range(spec.experts.count)))

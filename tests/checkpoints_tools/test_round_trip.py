@@ -43,7 +43,8 @@ def assert_same_weights(left: Path, right: Path) -> None:
         ours, theirs = dict(one.dense()), dict(other.dense())
         assert ours.keys() == theirs.keys()
         assert all(same_bits(ours[name], theirs[name]) for name in ours)
-        blocks = [np.empty(one.spec.block_shape, DTYPES[one.spec.dtype]) for _ in range(2)]
+        form = one.spec.block_format
+        blocks = [np.empty(form.shape, form.dtype) for _ in range(2)]
         for layer in one.spec.moe_layers:
             for expert in range(one.spec.experts.count):
                 one.read_block(layer, expert, blocks[0])

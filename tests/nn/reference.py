@@ -10,8 +10,9 @@ import numpy as np
 
 from ef_jax import nn
 from ef_jax.families import spec_from_config
-from ef_jax.spec import ModelSpec
+from ef_jax.spec import Activation, ModelSpec
 from ef_jax.weights import open_checkpoint
+from pallas_kernels import ACTIVATIONS
 from tests.parity.families import FAMILIES
 
 
@@ -47,27 +48,45 @@ def spec_of(model: Any) -> ModelSpec:
     return spec_from_config(json.loads(model.config.to_json_string()))
 
 
-def weights_of(model: Any, spec: ModelSpec) -> tuple[dict[str, jax.Array], list[jax.Array | None]]:
-    """Our dense arrays by path, and each layer's expert blocks [E, 3, F, D] (None: dense layer)."""
+Blocks = dict[str, jax.Array]
+
+
+def weights_of(model: Any, spec: ModelSpec) -> tuple[dict[str, jax.Array], list[Blocks | None]]:
+    """Our dense arrays by path, and each layer's experts by part of their blocks, [E, ...] (None: dense layer)."""
+    form = spec.block_format
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         with open_checkpoint(directory) as checkpoint:
             dense = {name: jnp.asarray(array) for name, array in checkpoint.dense()}
-            blocks = np.empty((len(spec.layers), spec.experts.count, *spec.block_shape), spec.dtype)
+            blocks = np.empty((len(spec.layers), spec.experts.count, *form.shape), form.dtype)
             for layer in spec.moe_layers:
                 for expert in range(spec.experts.count):
                     checkpoint.read_block(layer, expert, blocks[layer, expert])
-    return dense, [jnp.asarray(blocks[i]) if i in spec.moe_layers else None for i in range(len(spec.layers))]
+    experts: list[Blocks | None] = [None] * len(spec.layers)
+    for layer in spec.moe_layers:
+        parts = [form.split(block) for block in blocks[layer]]
+        experts[layer] = {name: jnp.asarray(np.stack([part[name] for part in parts])) for name in parts[0]}
+    return dense, experts
 
 
-def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: jax.Array, spec: ModelSpec) -> jax.Array:
+def expert_ffn(x: jax.Array, block: Blocks, activation: Activation) -> jax.Array:
+    """One expert, with biases where it has them."""
+    if "down_bias" not in block:
+        return nn.ffn(x, block["weights"], activation)
+    gate, up, down = block["weights"]
+    inner = ACTIVATIONS[activation](x @ gate.T + block["gate_bias"], x @ up.T + block["up_bias"])
+    return inner @ down + block["down_bias"]
+
+
+def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: Blocks, spec: ModelSpec) -> jax.Array:
     """The routed experts by a plain loop over all of them: [B, T, D] -> [B, T, D]."""
     flat = h.reshape(-1, h.shape[-1])
     out = jnp.zeros_like(flat)
     for expert in range(spec.experts.count):
         weight = jnp.where(ids == expert, weights, 0).sum(-1).reshape(-1, 1)
         before, after = (weight.astype(flat.dtype), 1) if spec.experts.scale_input else (1, weight)
-        out += (nn.ffn(flat * before, blocks[expert], spec.experts.activation) * after).astype(out.dtype)
+        block = {name: array[expert] for name, array in blocks.items()}
+        out += (expert_ffn(flat * before, block, spec.experts.activation) * after).astype(out.dtype)
     return out.reshape(h.shape)
 
 
