@@ -1,7 +1,5 @@
 """Causal grouped-query attention over a key/value cache that is indexed by position."""
 
-import functools
-import operator
 from collections.abc import Callable
 
 import jax
@@ -14,6 +12,7 @@ from ef_jax.nn.exponential import exp_of_negative
 from ef_jax.nn.linear import MIN_ROWS, Linear
 from ef_jax.nn.norm import l2_norm, make_norm
 from ef_jax.nn.rope import apply_rope, rope_tables
+from ef_jax.nn.sums import row_sum, tree_sum
 from ef_jax.spec import AttentionSpec, LayerSpec, ModelSpec
 from pallas_kernels import from_storage, storage_dtype, to_storage
 
@@ -25,8 +24,6 @@ QUERY_BLOCK = 64
 KEY_BLOCK = 256
 """Keys that are summed together. Blocks are added up in a fixed tree, in which those that a query does not see are
 zeros, so that its result does not depend on how much of the cache a program reads."""
-
-_ADDED_AT_ONCE = 16
 
 Places = tuple[Int32[Array, "..."], ...]
 """What is known of each query's place, `[B, T]`: its position, or more. Negative: padding, which sees nothing."""
@@ -179,39 +176,14 @@ def _attend_block(
         sink = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, tokens))[None, :, None, :, None]
         highest = jnp.maximum(highest, sink)
     powers = jnp.where(visible, exp_of_negative(scores - highest), 0)
-    total = _tree_sum(_row_sum(powers), axis=2)[:, :, None]
+    total = tree_sum(row_sum(powers), axis=2)[:, :, None]
     if sinks is not None:
         total = total + exp_of_negative(sink - highest)
     weights = (powers / jnp.maximum(total, 1)).astype(q.dtype)  # the largest power is 1
     parts = jnp.einsum("bnkrc,bnkcd->bnkrd", weights, v, preferred_element_type=jnp.float32)
-    out = _tree_sum(parts, axis=2).astype(q.dtype)
+    out = tree_sum(parts, axis=2).astype(q.dtype)
     out = out.reshape(batch, kv_heads, tokens, group, -1).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, tokens, heads, -1)
-
-
-def _row_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
-    """The sum of each row, in the same order however many rows there are.
-
-    XLA:CPU takes the elements of a sum in another order in a vectorised loop than in another one, and which loops it
-    vectorises depends on the size of the array. It leaves alone what is added one by one.
-    """
-    while (length := x.shape[-1]) > 1:
-        parts = min(_ADDED_AT_ONCE, length)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % parts)])
-        width = x.shape[-1] // parts
-        columns = [x[..., part * width : (part + 1) * width] for part in range(parts)]
-        x = functools.reduce(operator.add, columns)
-    return x
-
-
-def _tree_sum(x: Float[Array, "*dims"], axis: int) -> Float[Array, "*rest"]:
-    """The sum along an axis, neighbours first: zeros at the end of the axis do not change a bit of it."""
-    x = jnp.moveaxis(x, axis, 0)
-    while len(x) > 1:
-        if len(x) % 2:
-            x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-        x = x[0::2] + x[1::2]
-    return x[0]
 
 
 class Attention(nnx.Module):

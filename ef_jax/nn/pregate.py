@@ -108,7 +108,7 @@ def pregate(
         if shift is not None:
             logits = logits + along_last(shift.astype(jnp.float32), logits)
         select_bias = None if stack.select_bias is None else taken(stack.select_bias)
-        choice = choice_scores(logits.astype(h.dtype), spec.router, select_bias)
+        choice = choice_scores(logits.astype(h.dtype), spec.router, select_bias, x.dtype)
         known = first + jnp.arange(count) < len(spec.step_moe_layers)
         return jnp.where(along_last(known[:, None], choice), choice, 0)
 

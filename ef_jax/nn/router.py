@@ -6,7 +6,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.errors import UnsupportedError
+from ef_jax.nn.exponential import exp_of_negative
 from ef_jax.nn.linear import along_last, linear, normal_param
+from ef_jax.nn.sums import row_sum
 from ef_jax.spec import RouterGroups, RouterSpec
 
 
@@ -23,15 +25,21 @@ def router_logits(
 
 
 def choice_scores(
-    logits: Float[Array, "*rows E"], spec: RouterSpec, select_bias: Float32[Array, "*last E"] | None = None
+    logits: Float[Array, "*rows E"],
+    spec: RouterSpec,
+    select_bias: Float32[Array, "*last E"] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float32[Array, "*rows E"]:
     """What the router takes its top-k of.
 
     It is the logits where nothing is added to the scores and no group is masked, since scores rise with logits (a
     sparse mixer's choices, each the best of those that are left, are their top-k too); else the scores with the
-    selection bias, every expert outside the best groups at the groups' mask.
+    selection bias, every expert outside the best groups at the groups' mask. `dtype` is the model's, to which some
+    round their scores before they choose one expert: those that then are the best alike get the best one's logit.
     """
     raw = logits.astype(jnp.float32)
+    if spec.rounded_choice and jnp.dtype(dtype).itemsize == 2:
+        raw = _best_alike(raw, dtype)
     if select_bias is None and spec.groups is None:
         return raw
     choice = _score(raw, spec)
@@ -52,7 +60,7 @@ def route(
     Scores are float32. Weights come back in the model's `dtype` (None: the logits') where the spec casts them back
     (`RouterSpec.casts_back`), else in float32.
     """
-    chosen, ids = jax.lax.top_k(choice_scores(logits, spec, select_bias), top_k)
+    chosen, ids = jax.lax.top_k(choice_scores(logits, spec, select_bias, dtype or logits.dtype), top_k)
     if spec.sparse_mixer is not None:
         weights = _sparse_mixer(logits, ids, spec.sparse_mixer)
     elif spec.order == "topk_then_score":
@@ -100,6 +108,14 @@ def _score(logits: Float32[Array, "*rows E"], spec: RouterSpec) -> Float32[Array
     if spec.score == "sigmoid":
         return jax.nn.sigmoid(logits)
     return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _best_alike(logits: Float32[Array, "*rows E"], dtype: jax.typing.DTypeLike) -> Float32[Array, "*rows E"]:
+    """The logits, the highest one where a softmax rounded to `dtype` is what it is there."""
+    highest = logits.max(axis=-1, keepdims=True)
+    powers = exp_of_negative(logits - highest)
+    rounded = (powers / row_sum(powers)).astype(dtype)
+    return jnp.where(rounded == rounded.max(axis=-1, keepdims=True), highest, logits)
 
 
 def _limit_to_groups(choice: Float32[Array, "*rows E"], groups: RouterGroups) -> Float32[Array, "*rows E"]:

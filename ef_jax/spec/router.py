@@ -46,7 +46,7 @@ class RouterSpec:
       weight_dtype: of the router's stored matrix: the model's, or float32.
       sparse_mixer: jitter of Phi-MoE's sparse mixer, which takes the weight of each choice from a softmax over the
         logits within a threshold of it (arXiv 2409.12136); None: not.
-      rounded_choice: the choice is made by the scores rounded to the model's dtype (Switch Transformers).
+      rounded_choice: the one expert is chosen by scores rounded to the model's dtype (Switch Transformers).
       capacity: tokens of a sequence that an expert takes in one pass over them; later ones have no expert (Switch
         Transformers, arXiv 2101.03961). None: all.
     """
@@ -76,8 +76,8 @@ class RouterSpec:
         )
 
         require(
-            not self.rounded_choice or (self.order == "score_then_topk" and self.groups is None),
-            "a router that chooses by rounded scores scores before top-k and has no groups",
+            not self.rounded_choice or (self.score == "softmax" and self.groups is None and not self.select_bias),
+            "a router that chooses by rounded scores has a softmax, neither groups nor a selection bias",
         )
         require(self.capacity is None or self.capacity > 0, f"expert capacity must be positive, got {self.capacity}")
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.families import FAMILIES, ExpertLayout, TensorNames
-from ef_jax.spec import LatentAttentionSpec, LayerSpec, ModelSpec
+from ef_jax.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from ef_jax.weights.layout.attention import attention_sources
 from ef_jax.weights.layout.delta_net import delta_net_sources
 from ef_jax.weights.layout.experts import expert_pieces
@@ -115,7 +115,7 @@ def _mixer(
         yield from delta_net_sources(spec, spec.delta_net, ours, f"{theirs}.{names.delta_net}")
     elif isinstance(spec.attention, LatentAttentionSpec):
         yield from latent_attention_sources(spec, spec.attention, ours, attention)
-    else:
+    elif isinstance(spec.attention, AttentionSpec):
         yield from attention_sources(spec, spec.attention, ours, attention)
 
 
