@@ -7,6 +7,7 @@ A module holds
   RECORDED: folder below tests/fixtures/parity -> (seed, what differs), of the cases that are compared with files.
   TOLERANCE: most that a logit of order 1 may differ, where that is not `FamilyCases.tolerance`.
   CONFIG_TYPE: transformers' name of the config class, where that is not the model_type.
+  REFUSED: (what differs, the field that the refusal names), of configurations that ask for what is not implemented.
 and every one of them is tested in every way that the tests of this folder know.
 """
 
@@ -30,6 +31,7 @@ class FamilyCases:
     recorded: Mapping[str, tuple[int, Changes]]
     tolerance: float = 2e-4
     config_type: str = ""
+    refused: tuple[tuple[Changes, str], ...] = (({"hidden_act": "tanh"}, "hidden_act"),)
 
     def __post_init__(self) -> None:
         for name, case in {**dict(enumerate(self.live)), **self.recorded}.items():
