@@ -188,24 +188,26 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _read_fp8(self, piece: Piece, array: np.ndarray) -> None:
         """Read a run of rows of an FP8 matrix into its place in `array`, strip by strip."""
-        file, place = self._file_of[piece.tensor], piece.view(array)
-        scales = self._read_scales(self.fp8[piece.tensor])
+        file, weight, place = self._file_of[piece.tensor], self.fp8[piece.tensor], piece.view(array)
+        scales = self._read_scales(weight)
         columns = file.tensors[piece.tensor].shape[1]
-        # Strips of values and, as large, of what becomes of them before it is transposed.
         rows = max(1, _STRIP_BYTES // (columns * array.itemsize))
         for first in range(0, len(place), rows):
             strip_place = place[first : first + rows]
-            size = strip_place.size
-            scratch = self._scratch.take(size * (array.itemsize + 1))
-            floats = scratch[: size * array.itemsize].view(array.dtype).reshape(strip_place.shape)
-            values = scratch[size * array.itemsize :].reshape(strip_place.shape)
+            floats_bytes = 0 if piece.axes is None else strip_place.nbytes
+            scratch = self._scratch.take(floats_bytes + strip_place.size)
+            values = scratch[floats_bytes:].reshape(strip_place.shape)
             start = piece.start + first * columns
             file.read(piece.tensor, values, start)
             if has_nan(values):
                 raise CheckpointError(f"{piece.tensor!r} of {str(self.path)!r} holds NaN in FP8")
+            floats = strip_place
+            if piece.axes is not None:
+                floats = scratch[:floats_bytes].view(array.dtype).reshape(strip_place.shape)
             with np.errstate(over="ignore"):
-                dequantize(values, scales, self.fp8[piece.tensor].blocks, start // columns, floats)
-            copy_rows(floats, strip_place)
+                dequantize(values, scales, weight.blocks, start // columns, floats)
+            if piece.axes is not None:
+                copy_rows(floats, strip_place)
 
     def _read_scales(self, weight: Fp8Weight) -> np.ndarray:
         file = self._file_of[weight.scales]
