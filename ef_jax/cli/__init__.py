@@ -1,4 +1,4 @@
-"""`ef-jax`: generate text, forecast memory, say what a model is, record, replay and learn its routing."""
+"""`ef-jax`: generate text, forecast memory and speed, say what a model is, record, replay and learn its routing."""
 
 import importlib
 import importlib.metadata
@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "plan": "the memory plan of a model, without loading it",
     "info": "what a model is, and what it would run on",
+    "doctor": "measure this machine once, for forecasts of speed",
     "trace": "record which experts a model uses",
     "replay": "which cache policy and how many slots suit recorded routing",
     "train-predictor": "train a correction of pre-gate scores on recorded routing",
