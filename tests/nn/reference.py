@@ -27,7 +27,13 @@ def torch_model(model_type: str, seed: int, **changes: Any) -> Any:
     config = transformers.AutoConfig.for_model(
         family.config_type or model_type, **{**family.sizes, **changes}, attn_implementation="eager"
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return randomized(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def randomized(model: Any) -> Any:
+    """The model, with random weights that keep its logits at order 1."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
