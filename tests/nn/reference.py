@@ -50,8 +50,8 @@ def randomized(model: Any) -> Any:
 
 
 def spec_of(model: Any) -> ModelSpec:
-    """The spec from the model's own `config.json`."""
-    return spec_from_config(json.loads(model.config.to_json_string()))
+    """The spec from the model's own `config.json`, which names a dtype only once the model is saved."""
+    return spec_from_config(json.loads(model.config.to_json_string()) | {"dtype": "float32"})
 
 
 Blocks = dict[str, jax.Array]
