@@ -81,7 +81,7 @@ class _Origin:
         for pieces in self._pieces.values():
             pieces.sort(key=lambda found: found[0].start)
         if spec.tie_embeddings:
-            self._pieces["lm_head.weight"] = self._pieces["model.embed_tokens.weight"]
+            self._pieces["lm_head.weight"] = self._pieces[_embedding(source)]
         self._block = np.empty(spec.block_format.shape, spec.block_format.dtype)
         self._block_key: tuple[int, int] | None = None
         self._dense: dict[str, np.ndarray] = {}
@@ -123,6 +123,11 @@ class _Origin:
         return self._block
 
 
+def _embedding(source: ConvertedCheckpoint) -> str:
+    """The tensor that a tied head is a copy of."""
+    return source.layout.dense["embed.weight"].pieces[0].tensor
+
+
 def _headers(path: Path) -> dict[str, bytes]:
     headers = read_json_object(path)
     for name, text in headers.items():
@@ -136,7 +141,7 @@ def _check_tensors(source: ConvertedCheckpoint, stored: dict[str, TensorEntry]) 
     dtype = source.spec.dtype
     expected = source.layout.tensors()
     if source.spec.tie_embeddings and "lm_head.weight" in stored:
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        expected["lm_head.weight"] = expected[_embedding(source)]
     extra = source.manifest.extra
     weights = {name: entry for name, entry in stored.items() if name not in extra}
     buffers = {name: entry.nbytes for name, entry in stored.items() if name in extra}
