@@ -1,4 +1,4 @@
-"""An engine whose layers keep recurrent states: passes that fail and come again, rows that change hands, all in bits."""
+"""Engines whose layers keep recurrent states: passes that fail and come again, rows that change hands, bit for bit."""
 
 import dataclasses
 import json
