@@ -80,8 +80,8 @@ def expert_ffn(x: jax.Array, block: Blocks, activation: Activation) -> jax.Array
     if "down_bias" not in block:
         return nn.ffn(x, block["weights"], activation)
     gate, up, down = block["weights"]
-    inner = ACTIVATIONS[activation](x @ gate.T + block["gate_bias"], x @ up.T + block["up_bias"])
-    return inner @ down + block["down_bias"]
+    inner = ACTIVATIONS[activation](x @ gate.T + block["gate_bias"][None], x @ up.T + block["up_bias"][None])
+    return inner @ down + block["down_bias"][None]
 
 
 def moe(h: jax.Array, ids: jax.Array, weights: jax.Array, blocks: Blocks, spec: ModelSpec) -> jax.Array:
