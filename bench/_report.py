@@ -32,8 +32,14 @@ def run(name: str, body: Callable[[], int]) -> int:
 
 def add_save_option(parser: argparse.ArgumentParser, name: str) -> None:
     """`--save [PATH]`: also write the JSON to a file, `bench/results/NAME.json` by default."""
-    default = _RESULTS / f"{name}.json"
-    parser.add_argument("--save", nargs="?", const=default, type=Path, metavar="PATH", help="also write the JSON there")
+    parser.add_argument(
+        "--save", nargs="?", const=result_path(name), type=Path, metavar="PATH", help="also write the JSON there"
+    )
+
+
+def result_path(name: str) -> Path:
+    """Where the saved result of a bench is."""
+    return _RESULTS / f"{name}.json"
 
 
 def positive(text: str) -> int:

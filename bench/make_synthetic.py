@@ -24,6 +24,7 @@ import numpy as np
 from bench import _report
 from ef_jax.families import FAMILIES, spec_from_config
 from ef_jax.memory.sizes import parse_bytes
+from ef_jax.spec import ModelSpec
 from ef_jax.weights.layout import Layout
 
 SHARD_BYTES = 1_000_000_000
@@ -50,6 +51,11 @@ class Synthetic:
         one = dataclasses.replace(self, layers=1).nbytes
         two = dataclasses.replace(self, layers=2).nbytes
         return dataclasses.replace(self, layers=max(1, round(1 + (nbytes - one) / (two - one))))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What model it is."""
+        return spec_from_config(_config(self))
 
     @property
     def nbytes(self) -> int:
