@@ -9,7 +9,7 @@ from ef_jax.families._fields import ConfigFields, show
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Blocks:
-    """Weights in FP8 (e4m3), `rows` x `columns` elements of a matrix to a float32 scale; edges may be cut short."""
+    """Weights in FP8 (e4m3), `rows` x `columns` elements of a matrix to a scale; edges may be cut short."""
 
     rows: int
     columns: int
@@ -23,7 +23,8 @@ def fp8_blocks(config: Mapping[str, object]) -> Fp8Blocks | None:
     """How a checkpoint stores its FP8 weights, as DeepSeek-V3, Kimi-K2 and MiniMax-M2 are released; None: it has none.
 
     Which weights are FP8 the checkpoint itself says, by their dtype and their scales: `modules_to_not_convert` (or
-    `ignored_layers`) is not needed. `activation_scheme` "dynamic" is for kernels that compute in FP8; here as in
+    `ignored_layers`) is not needed, nor is `scale_fmt` (DeepSeek-V3.1 says "ue8m0", powers of two, and stores float32
+    that are not). `activation_scheme` "dynamic" is for kernels that compute in FP8; here as in
     transformers' dequantization the weights alone are FP8.
 
     Raises:
@@ -36,7 +37,7 @@ def fp8_blocks(config: Mapping[str, object]) -> Fp8Blocks | None:
     fields.must_be("quant_method", ("fp8",), "")
     fields.must_be("fmt", (None, "e4m3", "float8_e4m3fn"), "only e4m3 is supported")
     fields.must_be("activation_scheme", (None, "dynamic"), "only 'dynamic' is supported")
-    fields.must_be("scale_fmt", (None, "float"), "only float32 scales are supported")
+    fields.must_be("scale_fmt", (None, "float", "ue8m0"), "only 'float' and 'ue8m0' are supported")
     fields.must_be("expert_dtype", (None, "fp8"), "only FP8 experts are supported")
     fields.must_be("modules_to_convert", (None, []), "only a model's linear layers may be FP8")
     block = fields.raw("weight_block_size")

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from ef_jax.errors import CheckpointError
@@ -14,6 +15,8 @@ from ef_jax.weights.safetensors import TensorEntry
 
 _LOG = logging.getLogger("ef_jax")
 _CODE = "F8_E4M3"
+SCALE_DTYPES = {"F32": np.dtype(np.float32), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+"""What scales are stored in, all of which float32 holds exactly."""
 _SHIFT = np.int32(20)
 _KEPT = np.uint32(0x87F00000).view(np.int32)
 _BIAS = np.float32(2.0**120)
@@ -59,10 +62,11 @@ def _check_scales(name: str, weight: TensorEntry, scales: TensorEntry | None, bl
     if scales is None:
         raise CheckpointError(f"{str(path)!r}: {name!r} is FP8, but its scales {name + '_scale_inv'!r} are missing")
     shape = blocks.scales_of(weight.shape)
-    if scales.shape != shape or scales.dtype != "F32":
+    if scales.shape != shape or scales.dtype not in SCALE_DTYPES:
         raise CheckpointError(
             f"{str(path)!r}: the scales {name + '_scale_inv'!r} are {scales.dtype} {list(scales.shape)}, but"
-            f" {list(weight.shape)} in blocks of {blocks.rows} x {blocks.columns} needs F32 {list(shape)}"
+            f" {list(weight.shape)} in blocks of {blocks.rows} x {blocks.columns} needs"
+            f" {' or '.join(SCALE_DTYPES)} {list(shape)}"
         )
 
 

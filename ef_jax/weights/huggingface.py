@@ -13,7 +13,7 @@ from ef_jax.errors import CheckpointError
 from ef_jax.weights.checkpoint import Checkpoint, Scratch, check_finite
 from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_object, tokenizer_dir
 from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits, holds_exactly
-from ef_jax.weights.fp8 import Fp8Weight, dequantize, fp8_weights, has_nan
+from ef_jax.weights.fp8 import SCALE_DTYPES, Fp8Weight, dequantize, fp8_weights, has_nan
 from ef_jax.weights.layout import Expected, Layout, Piece, family_names, stored_experts
 from ef_jax.weights.model_config import read_model_config
 from ef_jax.weights.mxfp4 import pack
@@ -211,8 +211,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _read_scales(self, weight: Fp8Weight) -> np.ndarray:
         file = self._file_of[weight.scales]
-        scales = np.empty(file.tensors[weight.scales].shape, np.float32)
-        file.read(weight.scales, scales)
+        entry = file.tensors[weight.scales]
+        stored = np.empty(entry.shape, SCALE_DTYPES[entry.dtype])
+        file.read(weight.scales, stored)
+        scales = stored.astype(np.float32, copy=False)
         check_finite(scales, repr(weight.scales), self.path)
         return scales
 

@@ -65,6 +65,7 @@ def test_released_configs() -> None:
     assert fp8_blocks({"quantization_config": None}) is None
     assert fp8_blocks({"quantization_config": {"quant_method": "mxfp4"}}) is None
     assert fp8_blocks({"quantization_config": RELEASED}) == Fp8Blocks(rows=128, columns=128)
+    assert fp8_blocks({"quantization_config": RELEASED | {"scale_fmt": "ue8m0"}}), "DeepSeek-V3.1"
     minimax = RELEASED | {"fmt": "float8_e4m3fn", "modules_to_not_convert": ["gate", "lm_head"]}
     assert fp8_blocks({"quantization_config": minimax}) == Fp8Blocks(rows=128, columns=128)
 
@@ -77,7 +78,7 @@ def test_released_configs() -> None:
         ({"weight_block_size": [128]}, r"weight_block_size must be \[rows, columns\], got \[128\]"),
         ({"weight_block_size": [128, 0]}, "weight_block_size must be"),
         ({"weight_block_size": None}, "weight_block_size must be"),
-        ({"scale_fmt": "ue8m0"}, "only float32 scales"),
+        ({"scale_fmt": "int8"}, "scale_fmt is 'int8': only 'float' and 'ue8m0'"),
         ({"surprise": 1}, "quantization_config.'surprise' with value 1"),
     ],
 )

@@ -59,8 +59,11 @@ def is_quantized(name: str) -> bool:
     return name.endswith(("_proj.weight", "_with_mqa.weight"))
 
 
-def checkpoints() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Tensors of the FP8 checkpoint, and of the same model in bfloat16, one element at a time."""
+def checkpoints(powers: bool = False) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tensors of the FP8 checkpoint, and of the same model in bfloat16, one element at a time.
+
+    `powers`: the scales are powers of two, stored as such.
+    """
     random = np.random.default_rng(0)
     quantized, plain = {}, {}
     for name, (shape, dtype) in Layout(spec_from_config(CONFIG), "per_expert").tensors().items():
@@ -70,7 +73,10 @@ def checkpoints() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             continue
         quantized[name] = (values * 100).astype(ml_dtypes.float8_e4m3fn)
         scales = (random.random(BLOCKS.scales_of(shape)) * 3e-3).astype(np.float32)
+        if powers:
+            scales = scales.astype(ml_dtypes.float8_e8m0fnu)
         quantized[f"{name}_scale_inv"] = scales
+        scales = scales.astype(np.float32)
         row, column = np.indices(shape)
         of_element = scales[row // BLOCKS.rows, column // BLOCKS.columns]
         plain[name] = (quantized[name].astype(np.float32) * of_element).astype(ml_dtypes.bfloat16)
@@ -106,10 +112,12 @@ def assert_same_weights(left: Path, right: Path, dtype: str | None = None) -> No
             assert same_bits(*blocks)
 
 
-@pytest.mark.parametrize(("shards", "strip"), [(1, 4 << 20), (3, 100)])
-def test_dequantized_as_written_down(tmp_path: Path, shards: int, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shards", "strip", "powers"), [(1, 4 << 20, False), (3, 100, False), (1, 100, True)])
+def test_dequantized_as_written_down(
+    tmp_path: Path, shards: int, strip: int, powers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ef_jax.weights.huggingface._STRIP_BYTES", strip)
-    quantized, plain = checkpoints()
+    quantized, plain = checkpoints(powers)
     source = write(tmp_path / "fp8", QUANTIZED, quantized, shards)
     assert_same_weights(source, write(tmp_path / "plain", CONFIG, plain))
     with open_checkpoint(source) as checkpoint:
@@ -180,7 +188,7 @@ def damaged(what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     ("what", "message"),
     [
         ("missing", r"experts\.2\.down_proj\.weight' is FP8, but its scales .*_scale_inv' are missing"),
-        ("shape", r"_scale_inv' are F32 \[1, 2\], but \[32, 16\] in blocks of 16 x 8 needs F32 \[2, 2\]"),
+        ("shape", r"_scale_inv' are F32 \[1, 2\], but \[32, 16\] in blocks of 16 x 8 needs F32 or F8_E8M0 \[2, 2\]"),
         ("dtype", r"_scale_inv' are BF16 \[2, 2\]"),
         ("nan scale", r"experts\.2\.down_proj\.weight_scale_inv' of .* holds NaN"),
         ("nan", r"experts\.2\.down_proj\.weight' of .* holds NaN in FP8"),
