@@ -14,6 +14,7 @@ from ef_jax.runtime.look_ahead import LookAheadSpec
 from ef_jax.runtime.programs import Programs
 from ef_jax.spec import (
     AttentionSpec,
+    DeltaNetSpec,
     ExpertSpec,
     LatentAttentionSpec,
     LayerSpec,
@@ -81,6 +82,14 @@ DEEPSEEK_V3_LIKE = dataclasses.replace(
     shared=SharedExpertSpec(width=256, gated=False),
     dense_width=512,
 )
+QWEN3_NEXT_LIKE = dataclasses.replace(
+    QWEN3_LIKE,
+    layers=(LayerSpec(ffn="moe"), LayerSpec(ffn="moe", mixer="delta_net")),
+    attention=dataclasses.replace(QWEN3_LIKE.attention, rope=RopeSpec(theta=1e6, dim=16), gated=True),
+    shared=SharedExpertSpec(width=256, gated=True),
+    delta_net=DeltaNetSpec(key_heads=4, value_heads=8, key_dim=64, value_dim=64, conv_width=4, fused=True),
+    norm="rms_offset",
+)
 SLOTS = 512
 
 
@@ -102,12 +111,14 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     [
         *itertools.product((QWEN3_LIKE, QWEN2_LIKE), (None, False, True)),
         (DEEPSEEK_V3_LIKE, False),
+        (QWEN3_NEXT_LIKE, False),
         (GPT_OSS_LIKE, False),
         (dataclasses.replace(GPT_OSS_LIKE, experts=dataclasses.replace(GPT_OSS_LIKE.experts, quantization=None)), None),
     ],
     ids=[
         *("-".join(names) for names in itertools.product(("moe", "dense-and-shared"), ("no", "pregate", "corrected"))),
         "latent-attention-and-groups",
+        "delta-net",
         "mxfp4-and-biases",
         "biases",
     ],
