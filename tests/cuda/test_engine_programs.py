@@ -90,6 +90,25 @@ QWEN3_NEXT_LIKE = dataclasses.replace(
     delta_net=DeltaNetSpec(key_heads=4, value_heads=8, key_dim=64, value_dim=64, conv_width=4, fused=True),
     norm="rms_offset",
 )
+# What Llama 4 and Phi-3.5-MoE have and no other, in one.
+LLAMA4_AND_PHIMOE_LIKE = dataclasses.replace(
+    QWEN3_LIKE,
+    layers=(LayerSpec(ffn="dense", chunk=64), LayerSpec(ffn="moe", chunk=64), LayerSpec(ffn="moe", rope=False)),
+    attention=AttentionSpec(
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        rope=RopeSpec(theta=5e5, dim=64, interleaved=True, precise=True),
+        qk_norm="l2",
+        temperature=(64.0, 0.1),
+    ),
+    router=RouterSpec(sparse_mixer=0.01),
+    experts=ExpertSpec(count=32, top_k=2, width=256, scale_input=True),
+    shared=SharedExpertSpec(width=256, gated=False),
+    dense_width=512,
+    norm="layer",
+    head_bias=True,
+)
 SLOTS = 512
 
 
@@ -114,6 +133,7 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
         (QWEN3_NEXT_LIKE, False),
         (GPT_OSS_LIKE, False),
         (dataclasses.replace(GPT_OSS_LIKE, experts=dataclasses.replace(GPT_OSS_LIKE.experts, quantization=None)), None),
+        (LLAMA4_AND_PHIMOE_LIKE, False),
     ],
     ids=[
         *("-".join(names) for names in itertools.product(("moe", "dense-and-shared"), ("no", "pregate", "corrected"))),
@@ -121,6 +141,7 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
         "delta-net",
         "mxfp4-and-biases",
         "biases",
+        "chunks-scaled-inputs-layer-norms",
     ],
 )
 def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec, look: bool | None) -> None:
