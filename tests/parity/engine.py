@@ -1,5 +1,6 @@
 """The engine beside transformers: what the parity tests compare, and the table of grades reports."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ NEW_TOKENS = 24
 
 
 def save_model(path: Path, model_type: str, seed: int, changes: Mapping[str, Any], **options: Any) -> Any:
-    """A random model of a family, in torch, saved as transformers saves it; its logits are of order 1."""
+    """A random model of a family, in torch, saved as transformers saves it; its logits are of order 1.
+
+    The configuration names the family, also where transformers knows it under another name.
+    """
     model = reference.torch_model(model_type, seed, **changes)
     model.save_pretrained(path, **options)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps(config | {"model_type": model_type}), encoding="utf-8")
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import ef_jax
 from ef_jax.runtime.language_model import LanguageModel
+from tests.parity import grades
 from tests.parity.cases import CHUNK, FIXTURES, NEW_TOKENS_BUNDLED, TOKENS, bundled_prompts
 from tests.parity.families import FAMILIES, RECORDED
 
@@ -24,7 +25,7 @@ transformers' best leads by more than this, which it does at four fifths of the 
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_logits(name: str) -> None:
+def test_logits(name: str, grade: grades.Grade) -> None:
     expected = np.load(FIXTURES / name / "expected.npz")
     lm = ef_jax.load(
         FIXTURES / name, expert_fraction=0.25, dtype="float32", context=TOKENS, chunk=CHUNK, progress=False
@@ -35,6 +36,7 @@ def test_logits(name: str) -> None:
     assert lm.stats.slots < lm.stats.experts
     assert sum(lm.stats.prefill.misses) > lm.stats.slots
     assert lm.stats.prefill.bytes_demand == sum(lm.stats.prefill.misses) * lm.spec.block_bytes
+    grade(RECORDED[name][0], "recorded", name)
 
 
 @pytest.fixture(scope="module")

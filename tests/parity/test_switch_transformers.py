@@ -20,7 +20,7 @@ from ef_jax.replay.trace import DECODE, RoutingTrace
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.weights import open_checkpoint
 from tests.checkpoints_tools.test_round_trip import assert_same_files, assert_same_weights, convert, convert_back
-from tests.parity import seq2seq
+from tests.parity import grades, seq2seq
 from tests.parity.seq2seq import CONTEXT, NEW_TOKENS, SIZES
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5  # of the logits' standard deviation
 
 SEED = 1
 
@@ -49,14 +49,17 @@ def load(path: Path, **options: Any) -> LanguageModel:
 
 
 @pytest.mark.parametrize(("seed", "changes"), LIVE, ids=seq2seq.case_ids(LIVE))
-def test_logits(seed: int, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_logits(seed: int, changes: dict[str, Any], tmp_path: Path, grade: grades.Grade) -> None:
     """Near-ties in router scores are not looked for: in float32 a seed with one is rare, and another seed is taken."""
     model = seq2seq.save_model(tmp_path, seed, **changes)
     prompt, text = seq2seq.prompt_and_text(seed)
     expected = seq2seq.torch_logits(model, prompt, text)
-    assert 0.3 < expected.std() < 3
+    assert 0.3 < expected.std() < 4
     lm = load(tmp_path, expert_fraction=0.25)
-    np.testing.assert_allclose(lm.logits(prompt, text), expected, atol=TOLERANCE, rtol=0)
+    error = np.abs(lm.logits(prompt, text) - expected).max()
+    assert error <= TOLERANCE
+    assert error <= grades.bound("switch_transformers"), "worse than the README says"
+    grade("switch_transformers", "logits", float(error))
     assert lm.stats.slots < lm.stats.experts
     assert sum(lm.stats.prefill.misses) > 0 < sum(lm.stats.decode.misses)
     misses = sum(lm.stats.prefill.misses) + sum(lm.stats.decode.misses)
@@ -98,14 +101,15 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 
 
-def test_greedy_continuation_is_transformers(subject: Subject) -> None:
+def test_greedy_continuation_is_transformers(subject: Subject, grade: grades.Grade) -> None:
     """Two prompts of different lengths together, against one at a time in torch."""
     outputs = subject.offloaded.generate(subject.prompts, **OPTIONS)
     assert [output.tokens for output in outputs] == subject.greedy
     assert len({*subject.greedy[0]}) > 4
+    grade("switch_transformers", "greedy", sum(map(len, subject.greedy)))
 
 
-def test_bits_are_those_of_the_all_resident_run(subject: Subject) -> None:
+def test_bits_are_those_of_the_all_resident_run(subject: Subject, grade: grades.Grade) -> None:
     offloaded, resident = subject.offloaded, subject.resident
     text = seq2seq.prompt_and_text(3)[1]
     ours, theirs = (lm.logits(subject.prompts[0], text) for lm in (offloaded, resident))
@@ -119,6 +123,7 @@ def test_bits_are_those_of_the_all_resident_run(subject: Subject) -> None:
     assert stats["slots"] < stats["experts"] == all_resident["slots"]
     assert sum(stats["decode"]["misses"]) > 0
     assert stats["bytes_demand"] > 0 == all_resident["bytes_demand"] + all_resident["bytes_prefetch"]
+    grade("switch_transformers", "bits", True)
 
 
 def test_a_sequence_does_not_depend_on_its_company_or_its_row(subject: Subject) -> None:
@@ -141,10 +146,11 @@ def test_logits_are_those_of_what_was_generated(subject: Subject) -> None:
     assert lm.logits(subject.prompts[0], []).shape == (1, SIZES["vocab_size"])
 
 
-def test_a_layers_own_pregate_is_always_right(subject: Subject) -> None:
+def test_a_layers_own_pregate_is_always_right(subject: Subject, grade: grades.Grade) -> None:
     """Distance 0 is the control: nothing lies between what is scored and what the layer reads."""
     subject.offloaded.generate(subject.prompts, **OPTIONS)
     assert subject.offloaded.stats.recall["recall"][0] == 1.0
+    grade("switch_transformers", "pregate", True)
 
 
 def test_a_prompt_pass_that_meets_a_link_error_comes_again(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +191,11 @@ def test_in_bfloat16_ours_is_as_accurate_as_torch(subject: Subject) -> None:
     assert ours < 1.1 * torchs
 
 
-def test_conversion_there_and_back(subject: Subject, tmp_path: Path) -> None:
+def test_conversion_there_and_back(subject: Subject, tmp_path: Path, grade: grades.Grade) -> None:
     converted = convert(subject.path, tmp_path / "converted")
     assert_same_weights(subject.path, converted)
     assert_same_files(subject.path, convert_back(converted, tmp_path / "back"))
+    grade("switch_transformers", "round_trip", True)
 
 
 def test_a_head_that_is_a_copy_of_the_embedding(subject: Subject, tmp_path: Path) -> None:
@@ -265,17 +272,18 @@ def test_what_an_encoder_has_no_use_for_is_refused(subject: Subject, small_moe: 
 def test_commands(subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(command: str, *words: str) -> dict[str, Any]:
         capsys.readouterr()
-        assert main([command, str(subject.path), *words, "--json"]) == 0
+        assert main([command, *words, "--json"]) == 0
         report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return report
 
     ids = [",".join(map(str, prompt)) for prompt in subject.prompts]
     words = ["--token-ids", ids[0], "--token-ids", ids[1], "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos"]
     size = ["--context", str(CONTEXT), "--expert-fraction", "0.5"]
-    assert run("generate", *words, *size)["tokens"] == subject.greedy
-    assert run("plan", *size)["plan"]["chunk"] == CONTEXT
-    assert run("info")["model"]["moe_layers"] == 3
-    report = run("trace", *words, *size, "-o", str(tmp_path / "t.npz"), "--pregate", "1")
+    path = str(subject.path)
+    assert run("generate", "--model", path, *words, *size)["tokens"] == subject.greedy
+    assert run("plan", path, *size)["plan"]["chunk"] == CONTEXT
+    assert run("info", path)["model"]["moe_layers"] == 3
+    report = run("trace", path, *words, *size, "-o", str(tmp_path / "t.npz"), "--pregate", "1")
     assert (report["moe_layers"], report["prompt_tokens"]) == (1, 0)
     trace = RoutingTrace.load(tmp_path / "t.npz")
     assert (trace.phases == DECODE).all()
