@@ -1,5 +1,6 @@
 """From a path and a budget to a running model."""
 
+import functools
 import importlib.resources
 import logging
 from collections.abc import Callable
@@ -281,10 +282,13 @@ def plan_model(
             prefetch_blocks=blocks_ahead(spec.block_bytes) if prefetches and mode == "async" else 0,
         )
 
+    kernels = kernels or choose_kernels(spec, device)
+    readable = functools.partial(kernels.take, spec)
+
     # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
     # too small for the first is too small, but the least that works is known only after measuring.
     try:
-        first = make_plan(spec, request, fixed(0))
+        first = make_plan(spec, request, fixed(0), readable=readable)
         pool_slots = first.slots + first.staging_slots
     except BudgetError:
         pool_slots = experts_a_step(spec, request.batch)
@@ -296,12 +300,12 @@ def plan_model(
         chunk=request.chunk,
         pool_slots=pool_slots,
         sharding=jax.sharding.SingleDeviceSharding(device),
-        kernels=kernels or choose_kernels(spec, device),
+        kernels=kernels,
         look_ahead=look_ahead,
     )
     while True:
         programs.compile_largest()
-        plan = make_plan(spec, request, fixed(programs.workspace_bytes))
+        plan = make_plan(spec, request, fixed(programs.workspace_bytes), readable=readable)
         if plan.slots + plan.staging_slots == programs.pool_slots:
             return plan, programs
         programs = programs.with_pool_slots(plan.slots + plan.staging_slots)

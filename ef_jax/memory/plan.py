@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ef_jax.errors import BudgetError, InputError
@@ -56,7 +57,8 @@ class MemoryPlan:
     """Device bytes by item, their sum, and what they buy.
 
     `workspace` is measured: temporaries and fresh outputs of the largest compiled program. `reserve` is slack for the
-    allocator. `budget` is what was asked for, or the sum where a fraction of the experts was asked for.
+    allocator. `budget` is what was asked for, or the sum where a fraction of the experts was asked for. `left_out` are
+    cache slots that it would have, did the kernels read a pool of that size.
     """
 
     dense: int
@@ -79,6 +81,7 @@ class MemoryPlan:
     context: int
     chunk: int
     host_bytes: int
+    left_out: int = 0
 
     @property
     def items(self) -> dict[str, int]:
@@ -96,12 +99,18 @@ class MemoryPlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What will be slow about this plan, in words."""
+        found = []
         if self.slots < min(self.token_cycle, self.experts):
-            return (
+            found.append(
                 f"{self.slots} cache slots are fewer than the {self.token_cycle} experts that one step touches: "
-                "most of them will cross the link at every step",
+                "most of them will cross the link at every step"
             )
-        return ()
+        if self.left_out:
+            found.append(
+                f"{self.left_out} more cache slots are not used: the kernels cannot read a pool of that size, "
+                "but can read one that is larger still"
+            )
+        return tuple(found)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types: every field, `total` and `warnings`."""
@@ -154,8 +163,20 @@ def experts_a_step(spec: ModelSpec, batch: int) -> int:
     return min(spec.experts.count, batch * spec.experts.top_k)
 
 
-def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> MemoryPlan:
+def make_plan(
+    spec: ModelSpec,
+    request: MemoryRequest,
+    fixed: FixedBytes,
+    *,
+    readable: Callable[[int], bool] = lambda slots: True,
+) -> MemoryPlan:
     """Share a budget out: fixed items first, the staging ring, then as many cache slots as fit.
+
+    Args:
+      spec: the model.
+      request: what is asked for.
+      fixed: what does not depend on the slots.
+      readable: whether kernels can read a pool of so many slots; of some sizes they may not, small ones they can.
 
     Raises:
       BudgetError: the budget holds less than the fixed items and the smallest staging ring (the experts that one
@@ -166,7 +187,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
     full_staging = min(spec.experts.count, max(least_staging, STAGING_SLOTS))
     block = spec.block_bytes
 
-    def plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:
+    def plan(slots: int, staging_slots: int, budget: int | None, left_out: int = 0) -> MemoryPlan:
         blocks = max(fixed.transfer_blocks, fixed.transfer_rings * staging_slots)
         if staging_slots and fixed.prefetch_blocks:
             blocks = max(blocks, least_staging + fixed.prefetch_blocks)
@@ -195,15 +216,23 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
             context=request.context,
             chunk=request.chunk,
             host_bytes=spec.total_experts * block,
+            left_out=left_out,
         )
 
+    def readable_plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:
+        fewer = next((fewer for fewer in range(slots, 0, -1) if readable(fewer + staging_slots)), 0)
+        return plan(fewer, staging_slots, budget, slots - fewer)
+
+    resident = readable(spec.total_experts)
     if request.expert_fraction is not None:
         slots = round(request.expert_fraction * spec.total_experts)
-        return plan(slots, 0 if slots == spec.total_experts else full_staging, None)
+        if resident and slots == spec.total_experts:
+            return plan(slots, 0, None)
+        return readable_plan(slots, full_staging, None)
 
     budget = request.device_memory
     assert budget is not None
-    if plan(spec.total_experts, 0, budget).total <= budget:
+    if resident and plan(spec.total_experts, 0, budget).total <= budget:
         return plan(spec.total_experts, 0, budget)
     least = plan(0, least_staging, budget)
     if least.total > budget:
@@ -216,7 +245,7 @@ def make_plan(spec: ModelSpec, request: MemoryRequest, fixed: FixedBytes) -> Mem
     slots = int((budget - base.total) / (block * (1 + _RESERVE_SHARE)))
     while slots and plan(slots, staging_slots, budget).total > budget:
         slots -= 1
-    return plan(min(slots, spec.total_experts), staging_slots, budget)
+    return readable_plan(min(slots, spec.total_experts), staging_slots, budget)
 
 
 def check_host_pool(spec: ModelSpec, platform: str) -> None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from ef_jax.errors import BudgetError, InputError
 from ef_jax.memory.plan import FixedBytes, MemoryRequest, check_host_pool, make_plan
 from ef_jax.memory.sizes import format_bytes, parse_bytes
+from ef_jax.runtime.expert_kernels import ExpertKernels
 from ef_jax.spec import AttentionSpec, ExpertSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
+from pallas_kernels import Target
 
 SPEC = ModelSpec(
     family="qwen3_moe",
@@ -135,3 +137,34 @@ def test_the_pinned_host_limit_is_checked_on_accelerators(monkeypatch):
     check_host_pool(SPEC, "cpu")
     with pytest.raises(BudgetError, match="set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=1 before"):
         check_host_pool(SPEC, "gpu")
+
+
+def test_a_pool_that_kernels_cannot_read_is_made_smaller() -> None:
+    """Triton's cannot read 8-bit arrays of 2 to 4 GiB, of any size below and above."""
+    free = make_plan(SPEC, MemoryRequest(expert_fraction=0.5), FIXED)
+    most = free.slots + free.staging_slots
+    plan = make_plan(SPEC, MemoryRequest(expert_fraction=0.5), FIXED, readable=lambda slots: slots < most - 2)
+    assert (plan.slots, plan.left_out) == (free.slots - 3, 3)
+    assert plan.staging_slots == free.staging_slots
+    assert "3 more cache slots are not used" in plan.warnings[-1]
+    assert not free.left_out
+    budget = make_plan(SPEC, MemoryRequest(device_memory=free.total), FIXED, readable=lambda slots: slots < most - 2)
+    assert (budget.slots, budget.left_out) == (plan.slots, 3)
+    everything = make_plan(SPEC, MemoryRequest(expert_fraction=1.0), FIXED, readable=lambda slots: slots < 12)
+    assert everything.slots + everything.staging_slots == 11
+
+
+def test_kernels_say_which_pools_they_can_read() -> None:
+    experts = dataclasses.replace(SPEC.experts, width=2880, quantization="mxfp4", bias=True)
+    spec = dataclasses.replace(SPEC, hidden=2880, experts=experts)
+    target = Target(platform="cuda", device_kind="NVIDIA H100 80GB HBM3", capability=(9, 0), cores=132)
+    kernels = ExpertKernels(decode="triton", prompt="triton", target=target)
+    assert [kernels.take(spec, slots) for slots in (1, 172, 173, 345, 346, 768)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert ExpertKernels(decode="xla", prompt="xla", target=target).take(spec, 200)
