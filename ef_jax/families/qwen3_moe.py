@@ -43,6 +43,7 @@ FAMILY = Family(
     router=_common.softmax_router(normalize="norm_topk_prob"),
     experts=_common.experts("moe_intermediate_size"),
     dense_width="intermediate_size",
+    quantization=frozenset({"fp8"}),
     must_be={"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
     inert=frozenset({"max_window_layers"}),  # read by transformers 4 only; 5 slides every layer or none
 )

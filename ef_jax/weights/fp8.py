@@ -15,7 +15,11 @@ from ef_jax.weights.safetensors import TensorEntry
 
 _LOG = logging.getLogger("ef_jax")
 _CODE = "F8_E4M3"
-SCALE_DTYPES = {"F32": np.dtype(np.float32), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+SCALE_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 """What scales are stored in, all of which float32 holds exactly."""
 _SHIFT = np.int32(20)
 _KEPT = np.uint32(0x87F00000).view(np.int32)

@@ -17,6 +17,7 @@ from ef_jax.weights import open_checkpoint
 from ef_jax.weights.converted import ConvertedCheckpoint
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.layout import Layout
+from tests.released import read_config
 from tests.weights.synthetic import DTYPES, same_bits
 
 BLOCKS = Fp8Blocks(rows=16, columns=8)
@@ -59,11 +60,8 @@ def is_quantized(name: str) -> bool:
     return name.endswith(("_proj.weight", "_with_mqa.weight"))
 
 
-def checkpoints(powers: bool = False) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Tensors of the FP8 checkpoint, and of the same model in bfloat16, one element at a time.
-
-    `powers`: the scales are powers of two, stored as such.
-    """
+def checkpoints(scale_dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Tensors of the FP8 checkpoint, and of the same model in bfloat16, one element at a time."""
     random = np.random.default_rng(0)
     quantized, plain = {}, {}
     for name, (shape, dtype) in Layout(spec_from_config(CONFIG), "per_expert").tensors().items():
@@ -72,9 +70,7 @@ def checkpoints(powers: bool = False) -> tuple[dict[str, np.ndarray], dict[str, 
             quantized[name] = plain[name] = values.astype(dtype or ml_dtypes.bfloat16)
             continue
         quantized[name] = (values * 100).astype(ml_dtypes.float8_e4m3fn)
-        scales = (random.random(BLOCKS.scales_of(shape)) * 3e-3).astype(np.float32)
-        if powers:
-            scales = scales.astype(ml_dtypes.float8_e8m0fnu)
+        scales = (random.random(BLOCKS.scales_of(shape)) * 3e-3).astype(scale_dtype)
         quantized[f"{name}_scale_inv"] = scales
         scales = scales.astype(np.float32)
         row, column = np.indices(shape)
@@ -112,12 +108,20 @@ def assert_same_weights(left: Path, right: Path, dtype: str | None = None) -> No
             assert same_bits(*blocks)
 
 
-@pytest.mark.parametrize(("shards", "strip", "powers"), [(1, 4 << 20, False), (3, 100, False), (1, 100, True)])
+@pytest.mark.parametrize(
+    ("shards", "strip", "scale_dtype"),
+    [
+        (1, 4 << 20, np.float32),
+        (3, 100, np.float32),
+        (1, 100, ml_dtypes.float8_e8m0fnu),
+        (1, 100, ml_dtypes.bfloat16),
+    ],
+)
 def test_dequantized_as_written_down(
-    tmp_path: Path, shards: int, strip: int, powers: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: int, strip: int, scale_dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ef_jax.weights.huggingface._STRIP_BYTES", strip)
-    quantized, plain = checkpoints(powers)
+    quantized, plain = checkpoints(scale_dtype)
     source = write(tmp_path / "fp8", QUANTIZED, quantized, shards)
     assert_same_weights(source, write(tmp_path / "plain", CONFIG, plain))
     with open_checkpoint(source) as checkpoint:
@@ -172,7 +176,7 @@ def damaged(what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     elif what == "shape":
         tensors[f"{DOWN}_scale_inv"] = scales[:1]
     elif what == "dtype":
-        tensors[f"{DOWN}_scale_inv"] = scales.astype(ml_dtypes.bfloat16)
+        tensors[f"{DOWN}_scale_inv"] = scales.astype(np.float64)
     elif what == "nan scale":
         scales[1, 1] = np.nan
     elif what == "nan":
@@ -188,8 +192,11 @@ def damaged(what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     ("what", "message"),
     [
         ("missing", r"experts\.2\.down_proj\.weight' is FP8, but its scales .*_scale_inv' are missing"),
-        ("shape", r"_scale_inv' are F32 \[1, 2\], but \[32, 16\] in blocks of 16 x 8 needs F32 or F8_E8M0 \[2, 2\]"),
-        ("dtype", r"_scale_inv' are BF16 \[2, 2\]"),
+        (
+            "shape",
+            r"_scale_inv' are F32 \[1, 2\], but \[32, 16\] in blocks of 16 x 8 needs F32 or .* \[2, 2\]",
+        ),
+        ("dtype", r"_scale_inv' are F64 \[2, 2\]"),
         ("nan scale", r"experts\.2\.down_proj\.weight_scale_inv' of .* holds NaN"),
         ("nan", r"experts\.2\.down_proj\.weight' of .* holds NaN in FP8"),
         ("not described", r"is FP8, but config.json has no quantization_config of quant_method 'fp8'"),
@@ -208,10 +215,13 @@ def test_damage_is_one_clear_line(tmp_path: Path, what: str, message: str) -> No
     assert "\n" not in str(raised.value)
 
 
-def test_other_methods_are_refused_by_name() -> None:
+def test_families_that_are_released_in_fp8_and_what_else_is_refused_by_name() -> None:
     for method in ("compressed-tensors", "gptq", "mxfp4"):
         with pytest.raises(UnsupportedError, match=f"quantization_config is .*{method}"):
             spec_from_config(CONFIG | {"quantization_config": {"quant_method": method}})
+    for name in ("deepseek-v3", "kimi-k2-instruct", "minimax-m2", "qwen3-30b-a3b"):
+        config = read_config(name) | {"quantization_config": QUANTIZED["quantization_config"]}
+        assert spec_from_config(config).dtype == "bfloat16"
     with pytest.raises(UnsupportedError, match="quantization_config"):
         spec_from_config(QUANTIZED | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]})
 
