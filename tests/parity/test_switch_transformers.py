@@ -29,17 +29,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-TOLERANCE = 5e-5  # of the logits' standard deviation
+TOLERANCE = 1e-4  # of the logits' standard deviation
 
 SEED = 1
 
 LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
     (1, {}),
-    (2, {"expert_capacity": 2}),
-    (3, {"num_decoder_layers": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 3}),
-    (4, {"dense_act_fn": "gelu_new", "router_bias": True, "tie_word_embeddings": False}),
-    (5, {"expert_capacity": 5, "encoder_sparse_step": 2, "num_experts": 7, "d_kv": 12}),
-    (6, {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "decoder_start_token_id": 3}),
+    (2, {"expert_capacity": 2, "router_bias": True, "decoder_start_token_id": 3}),
+    (3, {"num_decoder_layers": 3, "num_sparse_encoder_layers": 1, "dense_act_fn": "gelu_new"}),
+    (
+        5,
+        {
+            "expert_capacity": 5,
+            "encoder_sparse_step": 2,
+            "num_experts": 7,
+            "d_kv": 12,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+        },
+    ),
 )
 """Seed, what differs from `seq2seq.SIZES`: capacity that overflows and does not, uneven stacks, every option."""
 
@@ -69,7 +77,7 @@ def test_logits(seed: int, changes: dict[str, Any], tmp_path: Path, grade: grade
         for block in model.encoder.block:
             if block.is_sparse:
                 block.layer[-1].mlp.router.expert_capacity = 40
-        assert np.abs(seq2seq.torch_logits(model, prompt, text) - expected).max() > 100 * TOLERANCE
+        assert np.abs(seq2seq.torch_logits(model, prompt, text) - expected).max() > 100 * TOLERANCE * expected.std()
 
 
 class Subject:
@@ -237,6 +245,7 @@ def test_pickled_weights_are_not_read(subject: Subject, tmp_path: Path) -> None:
         ({"is_gated_act": True}, "is_gated_act"),
         ({"router_dtype": "bfloat16"}, "router_dtype"),
         ({"router_type": "experts_masked"}, "router_type"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder"),
         ({"dense_act_fn": "tanh"}, "dense_act_fn must be one of"),
         ({"expert_capacity": 0}, "expert_capacity"),

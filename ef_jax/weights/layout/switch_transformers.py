@@ -14,8 +14,6 @@ def stack_sources(spec: ModelSpec) -> Iterator[tuple[str, ArraySource]]:
         yield from _layer(spec, index)
     yield "norm.weight", whole("decoder.final_layer_norm.weight", (spec.hidden,))
     yield "encoder_norm.weight", whole("encoder.final_layer_norm.weight", (spec.hidden,))
-    if not spec.tie_embeddings:
-        yield "head.weight", whole("lm_head.weight", (spec.vocab, spec.hidden))
 
 
 def stack_expert_pieces(spec: ModelSpec, layer: int, expert: int) -> tuple[Piece, ...]:
