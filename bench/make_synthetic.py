@@ -131,7 +131,7 @@ class _Weights:
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     spec = spec_from_config(config)
-    return Layout(spec, "per_expert").tensors()
+    return {name: expected.shape for name, expected in Layout(spec, "per_expert").tensors().items()}
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
