@@ -27,7 +27,7 @@ def format_bytes(count: int) -> str:
     """`count` bytes with a decimal unit and three significant digits, as disk and link figures are given."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
+        if abs(value) < 999.5:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"

@@ -121,12 +121,13 @@ def test_other_sizes_are_refused(text):
 
 
 def test_sizes_are_written():
-    assert [format_bytes(n) for n in (0, 999, 1500, 73_728, 2_250_000, 6_000_000_000, 7 * 10**12)] == [
+    assert [format_bytes(n) for n in (0, 999, 1500, 73_728, 2_250_000, 999_600_000, 6 * 10**9, 7 * 10**12)] == [
         "0 B",
         "999 B",
         "1.5 kB",
         "73.7 kB",
         "2.25 MB",
+        "1 GB",
         "6 GB",
         "7 TB",
     ]

@@ -44,7 +44,7 @@ class FamilyCases:
 
 
 def _cases(module: ModuleType) -> FamilyCases:
-    """Raises where a constant is missing or unknown."""
+    """Raises where a constant is missing or is not what it should be; other names are the module's own."""
     constants = {name.lower(): value for name, value in vars(module).items() if name.isupper() and name in _CONSTANTS}
     return FamilyCases(model_type=module.__name__.rpartition(".")[2], **constants)
 
