@@ -17,10 +17,10 @@ _DEEPSEEK_V2_LITE = ((0.122, 0.217), (0.414, 0.316), (0.707, 0.451))  # hits 31.
 _BEYOND_CHANCE_AT_ALL = 0.65  # both curves lead there: DeepSeek-V2-Lite with 75 % of the experts is at (0.88, 0.56)
 _DECAY = 1.8  # below a token cycle: 13 % beyond chance at place -0.17, DeepSeek-V2-Lite with 6.25 % of the experts
 
-# Sequences that run together share fewer and fewer slots' worth of habit: what is beyond chance falls with the share
-# of the experts that a step leaves alone, to the power 0.9 to 1.5 on the bundled model and 2.2 to 3.7 on
-# DeepSeek-V2-Lite (batches of 4 to 13, 12.5 to 50 % of the experts).
-_CROWDING = (3.5, 2.0, 1.0)  # at worst, expected, at best
+# Of sequences that run together each leaves less of a habit in the cache: what is beyond chance falls with the share of
+# the experts that a step leaves alone (as `distinct_experts` has it), to the power 0.7 to 1.2 on the bundled model
+# (batch 8) and 1.9 to 3.9 on DeepSeek-V2-Lite (batches of 4 and 6), with slots for 12.5 to 50 % of the experts.
+_CROWDING = (3.9, 2.0, 0.7)  # at worst, expected, at best
 _OTHER_MODELS = 0.25  # two models are few: the band goes so far beyond them
 
 
@@ -56,7 +56,7 @@ def prior_hit_rate(spec: ModelSpec, slots: int, batch: int) -> HitRate:
     experts; `y < 0`, less than a cycle, decays as `exp(1.8 y)`. With c of a layer's experts in use in a step, a share,
     g is multiplied by `((1 - c) / (1 - K/E))^2`.
 
-    Expected is the mean of both models. The band is their spread, the spread of that exponent (1 to 3.5), and a
+    Expected is the mean of both models. The band is their spread, the spread of that exponent (0.7 to 3.9), and a
     quarter of g besides.
     """
     experts = len(spec.step_moe_layers) * spec.experts.count

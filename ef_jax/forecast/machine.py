@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from ef_jax.errors import InputError
 from ef_jax.schedule.link_model import LinkModel
@@ -68,22 +68,9 @@ class Machine:
     source: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not isinstance(self.source, str):
-            raise InputError(f"a machine's name and source are text, got {self.name!r:.60} and {self.source!r:.60}")
-        if self.platform not in get_args(Platform):
-            raise InputError(f"machine {self.name!r:.60}: platform {self.platform!r:.60} is neither gpu nor cpu")
-        for names, zero in ((_MUST_BE_POSITIVE, False), (_MAY_BE_ZERO, True)):
-            for name in names:
-                value = getattr(self, name)
-                if name == "insert_bandwidth" and value is None:
-                    continue
-                if not _is_number(value) or not (0 <= value < math.inf) or (value == 0 and not zero):
-                    least = "0 or more" if zero else "more than 0"
-                    raise InputError(f"machine {self.name!r:.60}: {name} is {value!r:.60}, and must be {least}")
-        if not _is_number(self.doubt) or not 0 <= self.doubt < 1:
-            raise InputError(f"machine {self.name!r:.60}: doubt is {self.doubt!r:.60}, and must be from 0 to below 1")
+        _check(dataclasses.asdict(self))
 
-    def with_link(self, link: LinkModel) -> Self:
+    def with_link(self, link: LinkModel) -> "Machine":
         """This machine with another link. A CPU's is emulated: blocks are held back by it, then enter their slots as
         fast as they cross without one."""
         insert = self.insert_bandwidth
@@ -96,7 +83,7 @@ class Machine:
             insert_bandwidth=insert,
         )
 
-    def leaning(self, way: Literal[-1, 0, 1]) -> Self:
+    def leaning(self, way: Literal[-1, 0, 1]) -> "Machine":
         """This machine with all figures at the bad (-1) or the good (1) end of what `doubt` allows."""
         if way == 0:
             return self
@@ -110,7 +97,7 @@ class Machine:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: Any) -> "Machine":
         """The machine that `as_dict` described.
 
         Raises:
@@ -120,7 +107,30 @@ class Machine:
         if not isinstance(data, dict) or (wrong := names ^ data.keys()):
             found = sorted(wrong) if isinstance(data, dict) else type(data).__name__
             raise InputError(f"not the figures of a machine: missing or unknown are {found!s:.200}")
+        _check(data)
         return cls(**data)
+
+
+def _check(figures: dict[str, Any]) -> None:
+    """Refuse figures that no machine has, of any type."""
+    name = figures["name"]
+    if not isinstance(name, str) or not isinstance(figures["source"], str):
+        raise InputError(f"a machine's name and source are text, got {name!r:.60} and {figures['source']!r:.60}")
+    if figures["platform"] not in get_args(Platform):
+        raise InputError(f"machine {name!r:.60}: platform {figures['platform']!r:.60} is neither gpu nor cpu")
+    for names, zero in ((_MUST_BE_POSITIVE, False), (_MAY_BE_ZERO, True)):
+        for figure in names:
+            value = figures[figure]
+            if figure == "insert_bandwidth" and value is None:
+                continue
+            if not _is_number(value) or not (0 <= value < math.inf) or (value == 0 and not zero):
+                least = "0 or more" if zero else "more than 0"
+                raise InputError(f"machine {name!r:.60}: {figure} is {value!r:.60}, and must be {least}")
+            if figure.endswith("_memory") and not isinstance(value, int):
+                raise InputError(f"machine {name!r:.60}: {figure} is {value!r:.60}, and must be whole bytes")
+    doubt = figures["doubt"]
+    if not _is_number(doubt) or not 0 <= doubt < 1:
+        raise InputError(f"machine {name!r:.60}: doubt is {doubt!r:.60}, and must be from 0 to below 1")
 
 
 def _is_number(value: Any) -> bool:
