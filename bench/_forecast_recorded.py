@@ -27,7 +27,7 @@ def run() -> dict[str, Any]:
     _forecast_rows.show(rows)
     found = _forecast_rows.summary([row for row in rows if not row["calibrates"]])
     _forecast_rows.say("recorded runs that do not calibrate", found)
-    return {"machine": _MACHINE.as_dict(), "rows": rows, **found}
+    return {"machine": _MACHINE.as_dict(), "runs": rows, **found}
 
 
 def _offload(spec: ModelSpec) -> list[dict[str, Any]]:

@@ -39,13 +39,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     machine = _machine(options)
     rows = []
     with contextlib.ExitStack() as stack:
-        shape = _models.parse_shape(options.shape)
-        synthetic = stack.enter_context(_models.synthetic_directory(shape, options.scratch))
-        for name, path, batches in (
-            ("bundled", None, options.batches),
-            ("synthetic", synthetic, options.batches[:1]),
-        ):
-            for batch in batches:
+        for name in options.models:
+            path = None
+            if name == "synthetic":
+                shape = _models.parse_shape(options.shape)
+                path = stack.enter_context(_models.synthetic_directory(shape, options.scratch))
+            for batch in options.batches:
                 rows += _of_model(name, path, batch, machine, options)
                 gc.collect()
     _forecast_rows.show(rows)

@@ -25,6 +25,7 @@ from typing import Any
 from bench import _report
 
 _PARTS = ("recorded", "runs")
+_MODELS = ("bundled", "synthetic")
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), metavar="PART")
     parser.add_argument("--machine", metavar="NAME|FILE", help="figures for part runs (default: measure them)")
+    parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS), metavar="NAME")
     parser.add_argument("--shape", metavar="SHAPE", default="D=512,F=256,E=32,K=4,L=6,V=4096", help="of part runs")
     parser.add_argument("--tokens", type=_report.positive, default=64, help="to decode in a run")
     parser.add_argument("--repeats", type=_report.positive, default=3)

@@ -66,10 +66,15 @@ def _cell(row: dict[str, Any]) -> str:
     if row["error"]:
         return row["error"]
     one, many, prompt = row["single"], row["batched"], row["prompt"]
-    rates = " / ".join(f"{speed['tokens_per_second']:.3g}" for speed in (one, many, prompt))
+    rates = " / ".join(_three_digits(speed["tokens_per_second"]) for speed in (one, many, prompt))
     short = f"; host {format_bytes(row['host_short'])} short" if row["host_short"] else ""
     hits = f"{100 * row['hit_rate']:.0f} % hits"
-    return f"{rates} ({one['low']:.2g} to {one['high']:.2g}); {hits}, {one['bound']}{short}"
+    band = f"{_three_digits(one['low'])} to {_three_digits(one['high'])}"
+    return f"{rates} ({band}); {hits}, {one['bound']}{short}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _row(name: str, machine: Machine) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def _row(name: str, machine: Machine) -> dict[str, Any]:
     try:
         found = _forecast(spec, machine)
     except BudgetError:
-        return {**row, "error": "does not fit"}
+        return {**row, "error": "device too small"}
     hits = found.single.hit_rate
     return {
         **row,

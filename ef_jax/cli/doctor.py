@@ -1,5 +1,6 @@
 """`ef-jax doctor`: measure this machine once, for forecasts."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,5 +124,5 @@ def _parser() -> console.Parser:
 
 def _path(text: str) -> Path:
     if not text or "\0" in text:
-        raise InputError(f"{text!r} is not the name of a file: give a path")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not the name of a file")
     return Path(text)
