@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ef_jax.nn import versions
 from ef_jax.nn.delta_rule import delta_chunks, delta_step, unit_vectors
@@ -78,29 +79,16 @@ class GatedDeltaNet(nnx.Module):
         from the states after the tokens before them, which must have run. `reach` and `span` mean nothing here.
         """
         inputs, states, seen = cache
-        net, real = self.spec, positions >= 0
+        net = self.spec
         places, seen = versions.find(seen, positions, rows)
-        channels, values = net.conv_channels, net.value_heads * net.value_dim
-        mixed, gate, rate, step = jnp.split(
-            self.in_proj(x), (channels, channels + values, channels + values + net.value_heads), axis=-1
-        )
+        ends = np.cumsum([net.conv_channels, net.value_heads * net.value_dim, net.value_heads])
+        mixed, gate, rate, step = jnp.split(self.in_proj(x), ends, axis=-1)
         window = jnp.concatenate([from_storage(versions.read(inputs, places), x.dtype), mixed], axis=1)
         inputs = versions.write(inputs, to_storage(_last_inputs(window, places.tokens, net.conv_width)), places)
-        query, key, value = self._heads(causal_conv(window, self.conv[...]))
-        # A rate in the model's dtype, as transformers rounds it; padding has no rate and no decay.
-        rate = sigmoid(rate.astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
-        step = softplus(step.astype(jnp.float32) + along_last(self.dt_bias[...], step))
-        log_decay = -step * along_last(exp_of_negative(self.a_log[...]), step)
-        rate, log_decay = (self._of_key_heads(jnp.where(real[..., None], part, 0)) for part in (rate, log_decay))
-        state = versions.read(states, places).reshape(x.shape[0], *rate.shape[2:], net.key_dim, net.value_dim)
-        if x.shape[1] == 1:
-            out, state = delta_step(query[:, 0], key[:, 0], value[:, 0], rate[:, 0], log_decay[:, 0], state)
-            out = out[:, None]
-        else:
-            rate, log_decay = (jnp.moveaxis(part, 1, 3) for part in (rate, log_decay))
-            query, key, value = jnp.moveaxis(query, 1, 2), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 3)
-            out, state = delta_chunks(query, key, value, rate, log_decay, state)
-            out = jnp.moveaxis(out, 3, 1)
+        heads = self._heads(causal_conv(window, self.conv[...]))
+        rates = self._rates(rate, step, positions >= 0)
+        state = versions.read(states, places).reshape(x.shape[0], *rates[0].shape[2:], net.key_dim, net.value_dim)
+        out, state = _follow(*heads, *rates, state)
         states = versions.write(states, state.reshape(-1, *states.shape[2:]), places)
         out = out.astype(x.dtype).reshape(*x.shape[:2], net.value_heads, net.value_dim)
         out = rms_norm(out, self.norm[...].astype(x.dtype), self.eps)
@@ -118,8 +106,35 @@ class GatedDeltaNet(nnx.Module):
         value = value.reshape(*mixed.shape[:2], net.key_heads, -1, net.value_dim)
         return both[:, :, 0] * net.key_dim**-0.5, both[:, :, 1], value
 
-    def _of_key_heads(self, x: Shaped[Array, "B T Hv"]) -> Shaped[Array, "B T N G"]:
-        return x.reshape(*x.shape[:2], self.spec.key_heads, -1)
+    def _rates(
+        self, rate: Float[Array, "B T Hv"], step: Float[Array, "B T Hv"], real: Bool[Array, "B T"]
+    ) -> tuple[Float32[Array, "B T N G"], Float32[Array, "B T N G"]]:
+        """Rates and log decays by key head; of padding 0, which leaves the state as it is."""
+        # In the model's dtype, as transformers rounds rates.
+        rates = sigmoid(rate.astype(jnp.float32)).astype(rate.dtype).astype(jnp.float32)
+        steps = softplus(step.astype(jnp.float32) + along_last(self.dt_bias[...], step))
+        decays = -steps * along_last(exp_of_negative(self.a_log[...]), steps)
+        rates, decays = (jnp.where(real[..., None], part, 0) for part in (rates, decays))
+        by_head = (*rate.shape[:2], self.spec.key_heads, -1)
+        return rates.reshape(by_head), decays.reshape(by_head)
+
+
+def _follow(
+    query: Float32[Array, "B T N dk"],
+    key: Float32[Array, "B T N dk"],
+    value: Float32[Array, "B T N G dv"],
+    rate: Float32[Array, "B T N G"],
+    log_decay: Float32[Array, "B T N G"],
+    state: Float32[Array, "B N G dk dv"],
+) -> tuple[Float32[Array, "B T N G dv"], Float32[Array, "B N G dk dv"]]:
+    """The delta rule over all tokens: as a step where there is one, else in chunks."""
+    if key.shape[1] == 1:
+        out, state = delta_step(query[:, 0], key[:, 0], value[:, 0], rate[:, 0], log_decay[:, 0], state)
+        return out[:, None], state
+    query, key, value = jnp.moveaxis(query, 1, 2), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 3)
+    rate, log_decay = jnp.moveaxis(rate, 1, 3), jnp.moveaxis(log_decay, 1, 3)
+    out, state = delta_chunks(query, key, value, rate, log_decay, state)
+    return jnp.moveaxis(out, 3, 1), state
 
 
 def _last_inputs(window: Float[Array, "B W C"], count: Int32[Array, " B"], width: int) -> Float[Array, "B w C"]:

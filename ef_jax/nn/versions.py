@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Shaped
 
 _NEVER = -1
 
@@ -28,7 +28,7 @@ class Places(NamedTuple):
 
     start: Int32[Array, " B"]
     tokens: Int32[Array, " B"]
-    known: Shaped[Array, " B"]
+    known: Bool[Array, " B"]
     read: Int32[Array, " B"]
     write: Int32[Array, " B"]
 

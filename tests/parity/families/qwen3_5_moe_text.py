@@ -19,3 +19,10 @@ LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
 RECORDED: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen3_5_moe_text": (10, {"rope_parameters": STREAMS}),
 }
+
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"attn_output_gate": False}, "attn_output_gate"),
+    ({"mlp_only_layers": [1]}, "mlp_only_layers"),
+    ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+)

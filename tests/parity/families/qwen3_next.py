@@ -19,3 +19,11 @@ LIVE: tuple[tuple[int, dict[str, Any]], ...] = (
 RECORDED: dict[str, tuple[int, dict[str, Any]]] = {
     "qwen3_next": (10, {"attention_bias": True, **_delta_net.ATTENTION_FIRST}),
 }
+
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"hidden_act": "gelu"}, "hidden_act"),  # the convolution's too
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"layer_types": ["linear_attention"]}, "layer_types"),
+    ({"linear_num_value_heads": 3}, "value_heads"),
+    ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim"),
+)
