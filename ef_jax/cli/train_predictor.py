@@ -218,6 +218,8 @@ def build_parser() -> console.Parser:
 
 def _read_trace(name: str, spec: ModelSpec, kind: str) -> RoutingTrace:
     """A trace that could be of the model."""
+    if spec.encodes:
+        raise InputError(f"MODEL, a {spec.family}, has an encoder: predictors are trained of models without one")
     trace = load_trace(name)
     if trace.pregate is None and kind == "correction":
         raise InputError(f"{name!r:.200} has no pre-gate scores: record it with ef-jax trace --pregate 6")

@@ -68,6 +68,7 @@ def _more(fields: ConfigFields) -> dict[str, Any]:
         start = fields.optional_integer("pad_token_id", minimum=0)
     if start is None:
         raise UnsupportedError("decoder_start_token_id is not given, nor is pad_token_id, which stands for it")
+    # Where embeddings are not tied, encoder and decoder have their own; the spec refuses that.
     return {"decoder_start": start, "logits_divisor": fields.integer("d_model", "hidden_size") ** 0.5}
 
 
@@ -116,7 +117,6 @@ FAMILY = Family(
         "is_gated_act": False,
         "router_dtype": "float32",
         "router_type": "tokens_masked",
-        "tie_word_embeddings": True,  # else encoder and decoder have embeddings of their own
     },
     inert=frozenset(
         {

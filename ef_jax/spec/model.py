@@ -110,7 +110,7 @@ class ModelSpec:
             "a model with an encoder has decoder layers and then encoder layers",
         )
         require(bool(self.step_moe_layers), "the decoder has no MoE layer")
-        require(self.tie_embeddings, "a decoder with an encoder has one embedding, which is its head too")
+        require(self.tie_embeddings, "tie_embeddings must be true: an encoder and a decoder have one embedding")
         require(
             isinstance(self.attention, RelativeAttentionSpec),
             "a decoder with an encoder must have relative attention",

@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from tests.parity.cases import FIXTURES
+
+FIXTURE = FIXTURES / "switch_transformers"
+
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "d_model": 32,

@@ -97,6 +97,11 @@ class Subject:
         return load(self.path, batch=2, expert_fraction=1.0)
 
     @functools.cached_property
+    def scarce(self) -> LanguageModel:
+        """More sequences than a step takes, and no expert is kept."""
+        return load(self.path, batch=1, sequences=3, expert_fraction=0.0)
+
+    @functools.cached_property
     def greedy(self) -> list[list[int]]:
         return seq2seq.greedy(self.model, self.prompts)
 
@@ -142,8 +147,7 @@ def test_a_sequence_does_not_depend_on_its_company_or_its_row(subject: Subject) 
 
 
 def test_more_sequences_than_a_step_takes(subject: Subject) -> None:
-    lm = load(subject.path, batch=1, sequences=3)
-    outputs = lm.generate([*subject.prompts, subject.prompts[0]], **OPTIONS)
+    outputs = subject.scarce.generate([*subject.prompts, subject.prompts[0]], **OPTIONS)
     assert [output.tokens for output in outputs] == [*subject.greedy, subject.greedy[0]]
 
 
@@ -163,7 +167,7 @@ def test_a_layers_own_pregate_is_always_right(subject: Subject, grade: grades.Gr
 
 def test_a_prompt_pass_that_meets_a_link_error_comes_again(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once in the encoder, once in the first step of the decoder."""
-    lm = load(subject.path, expert_fraction=0.0)
+    lm = subject.scarce
     starts, start = [], lm._engine.link.start
 
     def fail(layer: int, experts: list[int]) -> Any:
@@ -245,7 +249,7 @@ def test_pickled_weights_are_not_read(subject: Subject, tmp_path: Path) -> None:
         ({"is_gated_act": True}, "is_gated_act"),
         ({"router_dtype": "bfloat16"}, "router_dtype"),
         ({"router_type": "experts_masked"}, "router_type"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": False}, "tie_embeddings must be true"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder"),
         ({"dense_act_fn": "tanh"}, "dense_act_fn must be one of"),
         ({"expert_capacity": 0}, "expert_capacity"),
@@ -299,3 +303,5 @@ def test_commands(subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixtur
     start = SIZES["decoder_start_token_id"]
     assert trace.select(0, 1).tokens.tolist() == [start, *subject.greedy[0][:-1]]
     assert trace.pregate is not None
+    assert main(["train-predictor", path, str(tmp_path / "t.npz"), "-o", str(tmp_path / "p")]) == 2
+    assert "MODEL, a switch_transformers, has an encoder" in capsys.readouterr().err
