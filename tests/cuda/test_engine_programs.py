@@ -1,7 +1,10 @@
 """The engine's programs compile for an H100: every kind of layer, prompt chunk and insert."""
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from ef_jax.memory.slot_pool import MAX_INSERT, insert_blocks, pool_shapes
 from ef_jax.nn.correction import CorrectionSpec
+from ef_jax.runtime import programs as programs_module
 from ef_jax.runtime.expert_kernels import choose_kernels
 from ef_jax.runtime.look_ahead import LookAheadSpec
 from ef_jax.runtime.programs import Programs
@@ -28,7 +32,10 @@ from ef_jax.spec import (
 from pallas_kernels import storage_dtype
 from tests.cuda import aot
 
-pytestmark = pytest.mark.cuda_compile
+pytestmark = [
+    pytest.mark.cuda_compile,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 QWEN3_LIKE = ModelSpec(
     family="qwen3_moe",
@@ -118,6 +125,20 @@ def the_assembler_is_found() -> None:
     aot.compile_for_h100(jax.numpy.negative, aot.abstract((8,), np.float32))
 
 
+@pytest.fixture(autouse=True)
+def programs_are_lowered_for_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says so holds in one thread only."""
+    real = programs_module._in_parallel
+
+    def lowered(program: Callable[[], Any]) -> Any:
+        with aot.lowering_for_h100():
+            return program()
+
+    monkeypatch.setattr(
+        programs_module, "_in_parallel", lambda programs: real([functools.partial(lowered, one) for one in programs])
+    )
+
+
 def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     layers, experts = len(spec.moe_layers), spec.experts
     sizes = {"layers": layers, "experts": experts.count, "top_k": experts.top_k, "vocab": spec.vocab}
@@ -155,6 +176,7 @@ def test_every_program_compiles_and_leaves_the_pool_where_it_is(spec: ModelSpec,
         kernels=choose_kernels(spec, aot.h100()),
         look_ahead=None if look is None else looking(spec, look),
     )
+    assert programs.kernels.decode in ("mosaic", "triton")
     programs.compile_all()
     kinds = 1 + len(set(itertools.pairwise(layer.kind for layer in spec.layers)))
     widths, spans = 1 + len(programs.chunk_widths), len(programs.spans)
