@@ -95,8 +95,8 @@ def load(
       batch: sequences that run together. A prompt's result does not depend on its company.
       sequences: sequences that are held at once, each with keys and values of its own; None: `batch`. With more, the
         token scheduler forms batches of sequences that are likely to use the same experts.
-      context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most. It also chooses the factors of a
-        longrope, once for all sequences, see `ef_jax.nn.settle_rope`.
+      context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most. It also chooses the
+        factors of a longrope, once for all sequences, see `ef_jax.nn.settle_rope`.
       chunk: tokens a sequence that one prefill pass takes. An encoder takes prompts whole.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
       prefetch: how far ahead experts are fetched that are likely to be used: "auto" lets a controller decide layer by
