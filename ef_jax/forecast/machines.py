@@ -1,6 +1,5 @@
 """Machines known by name: published peaks times a stated share of them that programs reach."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -165,8 +164,3 @@ def find_machine(text: str) -> Machine:
             f"{', '.join(MACHINES)}"
         )
     return read_profile(path).machine
-
-
-def with_host_memory(machine: Machine, host_memory: int) -> Machine:
-    """The machine with so many bytes of RAM."""
-    return dataclasses.replace(machine, host_memory=host_memory)
