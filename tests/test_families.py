@@ -158,7 +158,7 @@ LONGROPE: dict[str, object] = {
         ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 3}}, "high"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"hidden_act": "tanh"}, "hidden_act"),
         ({"num_experts": 0}, "num_experts"),
         ({"num_experts": True}, "num_experts"),
