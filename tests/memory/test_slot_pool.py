@@ -67,6 +67,20 @@ def test_gaps_are_cleared_and_nothing_else() -> None:
     assert (block == np.where(kept, 255, 0)).all()
 
 
+def test_parts_of_one_shape_can_be_written_together() -> None:
+    """As rows of gate and up are stored in turn."""
+    form = FORMATS["mxfp4-and-biases"].block_format
+    block = np.zeros(form.shape, form.dtype)
+    both = form.place(block, ("gate_bias", "up_bias"))
+    both[...] = np.arange(2 * 96).reshape(2, 96)
+    parts = form.split(block)
+    np.testing.assert_array_equal(parts["gate_bias"], np.arange(96).astype(both.dtype))
+    np.testing.assert_array_equal(parts["up_bias"], np.arange(96, 192).astype(both.dtype))
+    assert not any(parts[name].any() for name in ("values", "gate_up_scales", "down_scales", "down_bias"))
+    assert form.place(block, ("down_bias",)).shape == (64,)
+    assert form.place(block, ()) is block
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"), [((64, 48), "width, got 48"), ((96, 64), "hidden size, got 96")], ids=["width", "hidden"]
 )
