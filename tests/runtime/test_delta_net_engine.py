@@ -23,8 +23,8 @@ CONFIG: dict[str, Any] = {
     "model_type": "qwen3_next",
     "vocab_size": 48,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "dtype": "bfloat16",
 }
-OPTIONS: dict[str, Any] = {"batch": 2, "context": 40, "chunk": 4, "prefetch": "off", "progress": False}
+OPTIONS: dict[str, Any] = {"batch": 2, "context": 40, "chunk": 2, "prefetch": "off", "progress": False}
 NEW_TOKENS = 12
 
 
@@ -154,7 +154,7 @@ class Failing:
     def _fail_first(self, name: str, run: Any) -> Any:
         def attempt(*arguments: Any) -> Any:
             self._turn += not self._again
-            self._left = None if self._again else self._turn % 4
+            self._left = None if self._again else self._turn % 3
             self._again = False
             try:
                 return run(*arguments)
@@ -177,13 +177,13 @@ def test_passes_that_fail_come_again_and_change_no_bit(
     assert run(lm, prompts()) == expected
     assert failing.failures["prompt_pass"] >= 4
     assert failing.failures["step"] >= 12
-    assert failing.layers == {0, 1, 2}
+    assert failing.layers == {0, 1}
 
 
 def test_states_are_in_the_plan_and_stay_where_they_are(offloaded: Any) -> None:
     caches = offloaded._engine._rows.caches
     assert offloaded.plan.kv_cache == sum(array.nbytes for layer in caches for array in layer)
-    assert [len(layer) for layer in caches] == [3, 2, 3]
-    before = [array.unsafe_buffer_pointer() for array in caches[2]]
+    assert [len(layer) for layer in caches] == [3, 2]
+    before = [array.unsafe_buffer_pointer() for array in caches[0]]
     run(offloaded, prompts()[:1])
-    assert [array.unsafe_buffer_pointer() for array in offloaded._engine._rows.caches[2]] == before
+    assert [array.unsafe_buffer_pointer() for array in offloaded._engine._rows.caches[0]] == before
