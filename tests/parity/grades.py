@@ -28,7 +28,13 @@ TEXT_OF = {"llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 UNSUPPORTED = ("deepseek_v32", "deepseek_v4", "gemma4", "glm4_moe_lite", "granitemoehybrid", "jamba", "nemotron_h")
 """Some that people run and that are refused by name."""
 
-_TESTS = ("test_live.py", "test_alike.py", "test_recorded.py", "test_switch_transformers.py")
+_TESTS = (
+    "test_live.py",
+    "test_alike.py",
+    "test_recorded.py",
+    "test_switch_transformers.py",
+    "test_recorded_seq2seq.py",
+)
 
 
 class Grade(Protocol):
