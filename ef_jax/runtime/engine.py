@@ -101,7 +101,8 @@ class Engine(LayerPasses):
           parts: row and start of each chunk, at most `lanes(width)`.
 
         Returns:
-          For each row whose prompt ends in the pass, its first token and that token's log-probability.
+          For each row whose prompt ends in the pass, its first token and that token's log-probability. With an encoder
+          these come of a first step of the decoder, which follows the pass.
 
         Raises:
           LinkError: blocks could not be copied; the pass can be run again.
