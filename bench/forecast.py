@@ -1,9 +1,10 @@
 """Do forecasts of speed come true?
 
-    python -m bench.forecast [--only recorded runs] [--machine NAME|FILE] [--save]
+    python -m bench.forecast [--only recorded overlap runs] [--machine NAME|FILE] [--save]
 
 recorded: forecasts by the figures of `cpu-emulated-pcie3` against the runs that bench/results has of that CPU, by
   arithmetic alone. Those that gave the figures ("calibrates") are left out of the summary.
+overlap: what a forecast takes prefetching to hide, against replays of the bundled model's routing on a virtual clock.
 runs: forecasts against runs made now, over emulated links at which the link is what takes time (PCIe 3.0 and 4.0 at
   their usable rates, scaled down by the size of a block over one of Qwen3-30B-A3B's) and over one at which it is not.
   The figures are measured first, in the same process, unless --machine names a profile. A busy machine makes figures
@@ -24,7 +25,7 @@ from typing import Any
 
 from bench import _report
 
-_PARTS = ("recorded", "runs")
+_PARTS = ("recorded", "overlap", "runs")
 _MODELS = ("bundled", "synthetic")
 
 
@@ -42,7 +43,11 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, help="directory for made-up weights")
     _report.add_save_option(parser, "forecast")
     options = parser.parse_args()
-    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"recorded": _recorded, "runs": _runs}
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "recorded": _recorded,
+        "overlap": _overlap,
+        "runs": _runs,
+    }
     _report.finish("forecast", {part: parts[part](options) for part in options.only}, options.save)
     return 0
 
@@ -51,6 +56,12 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     from bench import _forecast_recorded
 
     return _forecast_recorded.run()
+
+
+def _overlap(options: argparse.Namespace) -> dict[str, Any]:
+    from bench import _forecast_overlap
+
+    return _forecast_overlap.run(options.tokens)
 
 
 def _runs(options: argparse.Namespace) -> dict[str, Any]:
