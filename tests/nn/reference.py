@@ -1,5 +1,6 @@
 """What the tests hold the modules against: random torch models, their weights in our paths, a plain forward pass."""
 
+import copy
 import json
 import tempfile
 from typing import Any
@@ -24,9 +25,9 @@ def torch_model(model_type: str, seed: int, **changes: Any) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     family = FAMILIES[model_type]
-    config = transformers.AutoConfig.for_model(
-        family.config_type or model_type, **{**family.sizes, **changes}, attn_implementation="eager"
-    )
+    # Of copies: some configs write into the rope's parameters that they are given.
+    sizes = copy.deepcopy({**family.sizes, **changes})
+    config = transformers.AutoConfig.for_model(family.config_type or model_type, **sizes, attn_implementation="eager")
     return randomized(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
