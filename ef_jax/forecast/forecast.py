@@ -16,7 +16,7 @@ from ef_jax.spec import ModelSpec
 # Of the misses, what prefetching has under way before they are asked for, at worst, expected and at best. At worst the
 # trial by the clock turns it off; the bundled model's pre-gate finds 72 % of a layer's experts one layer ahead and 54 %
 # two ahead, a trained correction 86 % (bench/results/recall.json). With a half, and no more than fits behind a layer,
-# steps take 0.80 to 1.14 of what the engine's scheduler makes of the same stalls on a virtual clock, over 18 links,
+# steps take 0.78 to 1.15 of what the engine's scheduler makes of the same stalls on a virtual clock, over 18 links,
 # caches and batches (part "overlap" of bench/forecast.py).
 PREFETCHED = (0.0, 0.5, 0.86)
 _HOST_SLACK = 10**9  # what a process takes besides its experts: Python, JAX, the tokenizer
