@@ -57,10 +57,10 @@ FAMILIES: Mapping[str, Family] = {
         phimoe,
         llama4,
         llama4_text,
-        switch_transformers,
         qwen3_next,
         qwen3_5_moe,
         qwen3_5_moe_text,
+        switch_transformers,
     )
 }
 """By `model_type`."""

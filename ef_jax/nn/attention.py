@@ -107,7 +107,8 @@ def attend(
 def see_back(query: Int32[Array, "..."], keys: Int32[Array, "..."], reach: Int32[Array, "2"]) -> Bool[Array, "..."]:
     """Which keys a query sees that looks back as far as `reach` says."""
     window, chunk = reach[0], reach[1]
-    return (keys <= query) & (keys > query - window) & (keys >= query // chunk * chunk)
+    first = jax.lax.div(query, jnp.broadcast_to(chunk, query.shape)) * chunk  # `//` would take four more operations
+    return (keys <= query) & (keys > query - window) & (keys >= first)
 
 
 def attend_where(
