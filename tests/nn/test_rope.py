@@ -51,6 +51,7 @@ def config(**fields: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["granitemoe", "ernie4_5_moe", "phimoe", "llama4", "glm4_moe", "deepseek_v2"])
 def test_against_transformers(family: str, dtype: str) -> None:
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     modeling = getattr(getattr(transformers.models, family), f"modeling_{family}")
     prefix = {"granitemoe": "GraniteMoe", "ernie4_5_moe": "Ernie4_5_Moe", "phimoe": "Phimoe", "llama4": "Llama4Text"}
@@ -77,6 +78,7 @@ def test_against_transformers(family: str, dtype: str) -> None:
 @pytest.mark.parity
 def test_pairs_that_move_score_as_those_that_stay() -> None:
     """DeepSeek-V3 rotates neighbours and leaves them halves apart: the products of queries and keys are the same."""
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     modeling = transformers.models.deepseek_v3.modeling_deepseek_v3
     q, k, positions = example("float32")
@@ -120,6 +122,7 @@ LONG = RopeSpec(
 @pytest.mark.parametrize("context", [32, 33])
 @pytest.mark.parametrize("given", [None, 1.3])
 def test_longrope(context: int, given: float | None) -> None:
+    pytest.importorskip("torch")
     utilities = pytest.importorskip("transformers.modeling_rope_utils")
     fields = config(standardize_rope_params=lambda: None)
     fields.rope_parameters = {
