@@ -1,5 +1,6 @@
 """Whole small models against transformers, through the modules alone: every family, plainly and with features."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def test_bundled_model_in_bfloat16(small_moe: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(small_moe)
     text = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
     ids = np.asarray([tokenizer(text)["input_ids"]])
-    ours = reference.Model(model, reference.spec_of(model), context=64)
+    spec = dataclasses.replace(reference.spec_of(model), dtype="bfloat16")
+    ours = reference.Model(model, spec, context=64)
     assert ours.layers[0].attn.o_proj.weight[...].dtype == jax.numpy.bfloat16
     logits = ours(ids, np.arange(ids.shape[1])[None])[0]
     expected = reference.torch_logits(model, ids)[0]
