@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from ef_jax.loading import plan_model
 from ef_jax.memory.plan import MemoryRequest
 from ef_jax.memory.policies import make_policy
 from ef_jax.memory.residency import Residency
+from ef_jax.planning import plan_model
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.prefetching import DISTANCES, Prefetching
 from ef_jax.runtime.engine import Engine

@@ -12,10 +12,11 @@ import numpy as np
 
 from bench.make_synthetic import Synthetic, write_synthetic
 from ef_jax.errors import InputError
-from ef_jax.loading import _fill, bundled_model, plan_model
+from ef_jax.loading import _fill, bundled_model
 from ef_jax.memory.plan import MemoryPlan, MemoryRequest
 from ef_jax.memory.policies import make_policy
 from ef_jax.memory.residency import Residency
+from ef_jax.planning import plan_model
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs

@@ -71,7 +71,7 @@ def request_for(
     Raises:
       InputError: an option is out of range.
     """
-    from ef_jax.loading import make_request
+    from ef_jax.planning import make_request
 
     given = common.memory_options(options, batch=1)
     budget = given.pop("device_memory")

@@ -25,8 +25,8 @@ def run(words: Sequence[str]) -> None:
     import jax
 
     from ef_jax.forecast import forecast
-    from ef_jax.loading import make_request, plan_model
     from ef_jax.memory.plan import check_host_pool
+    from ef_jax.planning import make_request, plan_model
     from ef_jax.replay.trace import RoutingTrace
     from ef_jax.runtime.expert_kernels import choose_kernels
 

@@ -1,0 +1,131 @@
+"""From options to a memory plan: the request that they make, and the plan that the model's programs leave room for."""
+
+import functools
+
+import jax
+
+from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory.plan import (
+    FixedBytes,
+    MemoryPlan,
+    MemoryRequest,
+    experts_a_step,
+    kv_cache_bytes,
+    make_plan,
+)
+from ef_jax.memory.sizes import parse_bytes
+from ef_jax.nn import dense_shapes
+from ef_jax.nn.routing_path import RoutingPathSpec
+from ef_jax.runtime.expert_kernels import ExpertKernels, choose_kernels
+from ef_jax.runtime.look_ahead import LookAheadSpec, look_ahead_bytes
+from ef_jax.runtime.programs import Programs
+from ef_jax.runtime.routing_paths import routing_path_bytes
+from ef_jax.schedule.async_link import blocks_ahead
+from ef_jax.schedule.device_link import blocks_in_flight, resolve_copy_mode
+from ef_jax.spec import ModelSpec
+
+_DEFAULT_CONTEXT = 4096
+_DEFAULT_FRACTION = 0.5
+_DEFAULT_DEVICE_SHARE = 0.9
+
+
+def make_request(
+    spec: ModelSpec,
+    device: jax.Device,
+    *,
+    device_memory: str | int | None = None,
+    expert_fraction: float | None = None,
+    batch: int = 1,
+    sequences: int | None = None,
+    context: int | None = None,
+    chunk: int = 256,
+) -> MemoryRequest:
+    """The request that `load`'s options make for this model and device, defaults filled in.
+
+    Raises:
+      InputError: an option is out of range, or the budget is larger than the device's memory.
+    """
+    if context is not None and context > spec.max_position:
+        raise InputError(f"context {context} is longer than the model's {spec.max_position} positions")
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    budget = None if device_memory is None else parse_bytes(device_memory)
+    if budget is not None and limit is not None and budget > limit:
+        raise InputError(f"device_memory {device_memory} is more than the {limit} bytes that {device} offers")
+    if budget is None and expert_fraction is None:
+        if limit is not None:
+            budget = int(_DEFAULT_DEVICE_SHARE * limit)
+        else:
+            expert_fraction = _DEFAULT_FRACTION
+    context = min(spec.max_position, _DEFAULT_CONTEXT) if context is None else context
+    return MemoryRequest(
+        device_memory=budget,
+        expert_fraction=expert_fraction,
+        batch=batch,
+        rows=sequences,
+        context=context,
+        chunk=context if spec.encodes else chunk,
+    )
+
+
+def plan_model(
+    spec: ModelSpec,
+    request: MemoryRequest,
+    device: jax.Device,
+    copy_mode: str | None = None,
+    *,
+    kernels: ExpertKernels | None = None,
+    look_ahead: LookAheadSpec | None = None,
+    routing_path: RoutingPathSpec | None = None,
+    prefetches: bool = False,
+) -> tuple[MemoryPlan, Programs]:
+    """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
+
+    Raises:
+      BudgetError: the budget is too small.
+    """
+    mode = resolve_copy_mode(copy_mode, device)
+    transfer_blocks, transfer_rings = blocks_in_flight(mode, device)
+    rows = request.rows or request.batch
+    predicting = look_ahead_bytes(spec, look_ahead, rows)
+    if routing_path is not None:
+        predicting += routing_path_bytes(routing_path, rows=rows, context=request.context)
+
+    def fixed(workspace: int) -> FixedBytes:
+        return FixedBytes(
+            dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
+            look_ahead=predicting,
+            kv_cache=kv_cache_bytes(spec, rows, request.context),
+            state=rows * (spec.vocab + 64),
+            workspace=workspace,
+            transfer_blocks=transfer_blocks,
+            transfer_rings=transfer_rings,
+            prefetch_blocks=blocks_ahead(spec.block_bytes) if prefetches and mode == "async" else 0,
+        )
+
+    kernels = kernels or choose_kernels(spec, device)
+    readable = functools.partial(kernels.take, spec)
+
+    # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
+    # too small for the first is too small, but the least that works is known only after measuring.
+    try:
+        first = make_plan(spec, request, fixed(0), readable=readable)
+        pool_slots = first.slots + first.staging_slots
+    except BudgetError:
+        pool_slots = experts_a_step(spec, request.batch)
+    programs = Programs(
+        spec,
+        batch=request.batch,
+        rows=rows,
+        context=request.context,
+        chunk=request.chunk,
+        pool_slots=pool_slots,
+        sharding=jax.sharding.SingleDeviceSharding(device),
+        kernels=kernels,
+        look_ahead=look_ahead,
+    )
+    while True:
+        programs.compile_largest()
+        plan = make_plan(spec, request, fixed(programs.workspace_bytes), readable=readable)
+        if plan.slots + plan.staging_slots == programs.pool_slots:
+            return plan, programs
+        programs = programs.with_pool_slots(plan.slots + plan.staging_slots)
