@@ -7,7 +7,8 @@ from pathlib import Path
 
 import jax
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, UnsupportedError
+from ef_jax.lossy import LossyOptions
 from ef_jax.memory.host_store import HostStore
 from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
@@ -42,6 +43,14 @@ from ef_jax.weights import open_checkpoint
 
 _LOG = logging.getLogger("ef_jax")
 
+_NOT_YET = {
+    "lossy_adaptive_experts",
+    "lossy_cache_bias",
+    "lossy_skip",
+    "lossy_low_precision_miss",
+    "lossy_quantize",
+}
+
 
 def bundled_model() -> Path:
     """Directory of the small MoE checkpoint that comes with the package."""
@@ -68,6 +77,11 @@ def load(
     kernel: str | None = None,
     copy_mode: str | None = None,
     emulate_link: str | LinkModel | None = None,
+    lossy_adaptive_experts: float | None = None,
+    lossy_cache_bias: float | None = None,
+    lossy_skip: float | None = None,
+    lossy_low_precision_miss: float | None = None,
+    lossy_quantize: str | None = None,
     device: jax.Device | None = None,
     progress: bool | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -107,6 +121,12 @@ def load(
       copy_mode: how blocks cross the link, see `DeviceLink`; None: the default of the device.
       emulate_link: hold copies back as if the link had this bandwidth and latency: a `LinkModel`, or "25GB/s" or
         "25GB/s+10us".
+      lossy_adaptive_experts: drop the experts of a token beyond this share of its router weights, above 0 to 1. This
+        and the other lossy options change results; `ef_jax.lossy.LossyOptions` says more of each.
+      lossy_cache_bias: choose experts that have a slot before others whose router logit is higher by less than this.
+      lossy_skip: leave out missing experts whose router weight is below this, 0 to 1.
+      lossy_low_precision_miss: fetch missing experts whose router weight is below this in 4 bits, 0 to 1.
+      lossy_quantize: store, move and compute the blocks in fewer bits: "int8", "int4" or "int4:64".
       device: a JAX device; None: the first.
       progress: show a progress bar; None: on a terminal.
       on_plan: called with the memory plan before anything is allocated.
@@ -115,6 +135,15 @@ def load(
       InputError: the checkpoint, an option or the budget cannot be used; `CheckpointError`, `UnsupportedError` and
         `BudgetError` are its kinds.
     """
+    lossy = LossyOptions(
+        adaptive_experts=lossy_adaptive_experts,
+        cache_bias=lossy_cache_bias,
+        skip=lossy_skip,
+        low_precision_miss=lossy_low_precision_miss,
+        quantize=lossy_quantize,
+    )
+    for name in _NOT_YET & (lossy.as_dict() or {}).keys():
+        raise UnsupportedError(f"{name} does not work yet: leave it out")
     device = device or jax.devices()[0]
     with open_checkpoint(bundled_model() if path is None else path, dtype) as checkpoint:
         spec = checkpoint.spec
@@ -193,6 +222,7 @@ def load(
         candidates=candidates,
         most_wasted=most_wasted,
         order=checked_order,
+        lossy=lossy,
     )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
 

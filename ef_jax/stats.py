@@ -40,7 +40,8 @@ class Stats:
     `stall_seconds`, and how long the link was busy; the engine leaves `link_busy_seconds` at 0.
 
     `horizon` says how far ahead each layer is prefetched for and why, `recall` how good the predictions were, both as
-    of the end of the last run; None where nothing is prefetched or predicted.
+    of the end of the last run; None where nothing is prefetched or predicted. `lossy` are the options that may change
+    results, by their names in `load`; None where results are the model's own.
     """
 
     layers: int
@@ -52,9 +53,12 @@ class Stats:
     peak_device_bytes: int = 0
     horizon: dict[str, Any] | None = None
     recall: dict[str, Any] | None = None
+    lossy: dict[str, Any] | None = None
 
     @classmethod
-    def empty(cls, *, layers: int, experts: int, slots: int, staging_slots: int) -> "Stats":
+    def empty(
+        cls, *, layers: int, experts: int, slots: int, staging_slots: int, lossy: dict[str, Any] | None = None
+    ) -> "Stats":
         """Zeros for an engine with `slots` cache slots for `experts` expert blocks."""
         return cls(
             layers=layers,
@@ -63,6 +67,7 @@ class Stats:
             staging_slots=staging_slots,
             prefill=PhaseStats.empty(layers),
             decode=PhaseStats.empty(layers),
+            lossy=lossy,
         )
 
     def reset(self) -> None:
@@ -106,6 +111,7 @@ class Stats:
             **{f"{name}_by_layer": values for name, values in by_layer.items()},
             "horizon": self.horizon,
             "recall": self.recall,
+            "lossy": self.lossy,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
         }
@@ -144,4 +150,11 @@ class Stats:
             f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
             f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"
         )
+        if self.lossy is not None:
+            lines.append(f"lossy: {lossy_text(self.lossy)}")
         return "\n".join(lines)
+
+
+def lossy_text(lossy: dict[str, Any]) -> str:
+    """`Stats.lossy` in words, for tables: each option without `lossy_`, and its value."""
+    return ", ".join(f"{name.removeprefix('lossy_')} {value}" for name, value in lossy.items())

@@ -47,6 +47,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     common.add_memory_options(parser, batch="default: the number of prompts, 8 at most")
     parser.add_argument("--policy", choices=tuple(POLICIES), default="lru", help="who leaves the cache (default: lru)")
     common.add_prefetch_options(parser)
+    common.add_lossy_options(parser)
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--quiet", action="store_true", help="no plan, progress and stats on a terminal")
     noise.add_argument("--verbose", action="store_true", help="plan and stats on stderr even if it is no terminal")
@@ -87,6 +88,7 @@ def load_run(options: argparse.Namespace, path: Path, prompts: list[Prompt]) -> 
             dtype=options.dtype,
             policy=options.policy,
             **common.prefetch_options(options),
+            **common.lossy_options(options),
             kernel=options.kernel,
             copy_mode=options.copy_mode,
             progress=None if chatty else False,

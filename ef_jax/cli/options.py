@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ef_jax.errors import InputError
+from ef_jax.lossy import LossyOptions
 from ef_jax.memory.sizes import parse_bytes
 from ef_jax.spec import ModelSpec
 
@@ -98,6 +99,47 @@ def prefetch_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_prefetch_options` parsed, as `load` takes it."""
     names = ("prefetch", "predictor", "routing_path", "most_wasted", "order", "emulate_link")
     return {name: getattr(options, name) for name in names}
+
+
+def add_lossy_options(parser: argparse.ArgumentParser) -> None:
+    """The options that change results."""
+    group = parser.add_argument_group("lossy", "Faster, and no longer what the model says; each is off unless given.")
+    group.add_argument(
+        "--lossy-adaptive-experts",
+        type=number,
+        metavar="X",
+        help="drop the experts of a token beyond this share of its router weights, above 0 to 1",
+    )
+    group.add_argument(
+        "--lossy-cache-bias",
+        type=number,
+        metavar="X",
+        help="when decoding, choose experts that have a slot before others whose router logit is higher by less than "
+        "this",
+    )
+    group.add_argument(
+        "--lossy-skip",
+        type=number,
+        metavar="X",
+        help="when decoding, leave out missing experts whose router weight is below this, 0 to 1",
+    )
+    group.add_argument(
+        "--lossy-low-precision-miss",
+        type=number,
+        metavar="X",
+        help="when decoding, fetch missing experts whose router weight is below this in 4 bits, 0 to 1",
+    )
+    group.add_argument(
+        "--lossy-quantize",
+        metavar="FORMAT",
+        help="store, move and compute the experts in fewer bits: int8, int4 (a scale for 32 weights) or int4:64",
+    )
+
+
+def lossy_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_lossy_options` parsed, as `load` takes it."""
+    names = [field.name for field in dataclasses.fields(LossyOptions)]
+    return {f"lossy_{name}": getattr(options, f"lossy_{name}") for name in names}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

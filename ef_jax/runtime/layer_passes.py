@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.errors import LinkError
+from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.program_memory import live_bytes
 from ef_jax.memory.residency import Residency
@@ -55,6 +56,7 @@ class LayerPasses:
         candidates: str = "value",
         most_wasted: float = 1.0,
         order: Order = "auto",
+        lossy: LossyOptions = LOSSLESS,
     ) -> None:
         self.spec, self.plan, self.link, self.device = spec, plan, link, device
         self.lookout = Lookout(spec, programs, look_ahead)
@@ -65,6 +67,7 @@ class LayerPasses:
             experts=spec.total_experts,
             slots=plan.slots,
             staging_slots=plan.staging_slots,
+            lossy=lossy.as_dict(),
         )
         self.recorder: Listener | None = None
         self.timeline: Timeline | None = None

@@ -1,0 +1,80 @@
+"""The options that trade exactness for speed: what a run was allowed to change. Each is off unless asked for."""
+
+import dataclasses
+import math
+from typing import Any
+
+from ef_jax.errors import InputError
+
+_FORMATS = ("int8", "int4")
+_GROUPS = ("32", "64", "96", "128")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LossyOptions:
+    """What may change a run's results; None leaves each as the model has it. `load` takes them with `lossy_` before.
+
+    Attributes:
+      adaptive_experts: a token keeps its experts of largest router weight up to this share of the weight of all that it
+        chose, above 0 to 1; those beyond are dropped. 1 drops none.
+      cache_bias: when decoding, an expert that has a slot is chosen before one that has not, if its router logit is
+        lower by less than this; 0 changes nothing.
+      skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1.
+      low_precision_miss: a missing expert whose router weight is below this is fetched in 4 bits, 0 to 1.
+      quantize: blocks are stored and computed in fewer bits: "int8", "int4" (a scale for 32 weights), or "int4:64".
+
+    Raises:
+      InputError: a value out of its range.
+    """
+
+    adaptive_experts: float | None = None
+    cache_bias: float | None = None
+    skip: float | None = None
+    low_precision_miss: float | None = None
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("adaptive_experts", self.adaptive_experts, most=1.0, above_zero=True)
+        _check_number("cache_bias", self.cache_bias, most=math.inf)
+        _check_number("skip", self.skip, most=1.0)
+        _check_number("low_precision_miss", self.low_precision_miss, most=1.0)
+        if self.quantize is not None:
+            quantization(self.quantize)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything may change."""
+        return any(value is not None for value in dataclasses.asdict(self).values())
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """Those that are on, by the names that `load` has for them; None: none, the run is lossless."""
+        on = {f"lossy_{name}": value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return on or None
+
+
+def quantization(text: str) -> tuple[str, int | None]:
+    """Format and group of `lossy_quantize`: "int8" has no group, "int4" one of 32 unless it says so, as in "int4:64".
+
+    Raises:
+      InputError: another format, or another group than 32, 64, 96 and 128.
+    """
+    name, colon, group = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if name in _FORMATS and not colon:
+        return name, None if name == "int8" else 32
+    if name == "int4" and group in _GROUPS:
+        return name, int(group)
+    raise InputError(
+        f"lossy_quantize {text!r:.60} is not a format: give int8, int4 (a scale for 32 weights), or int4:64"
+    )
+
+
+def _check_number(name: str, value: float | None, *, most: float, above_zero: bool = False) -> None:
+    if value is None:
+        return
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < 0 or (above_zero and value == 0) or value > most:
+        wanted = f"{'above 0' if above_zero else '0'} to {most:g}" if math.isfinite(most) else "0 or more"
+        raise InputError(f"lossy_{name} must be a number, {wanted}; got {value!r:.60}")
+
+
+LOSSLESS = LossyOptions()
