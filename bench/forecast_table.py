@@ -4,8 +4,8 @@
 
 Ten models of tests/fixtures/configs on four machines of `ef_jax.forecast.MACHINES`, by arithmetic alone: nothing is
 loaded or compiled, and nobody has run it. A cell: tokens/s of decoding one sequence and a batch, and of a prompt; the
-band of the first; its expected hit rate and what bounds it; host memory that is missing. The budget is 90 % of what JAX
-offers, as `load` takes it. Prints Markdown, then one line of JSON.
+band of the first; its expected hit rate and what bounds it; the share of the experts that stay on disk, where host
+memory does not hold all. The budget is 90 % of what JAX offers, as `load` takes it. Prints Markdown, then one line of JSON.
 """
 
 import argparse
@@ -67,7 +67,10 @@ def _cell(row: dict[str, Any]) -> str:
         return row["error"]
     one, many, prompt = row["single"], row["batched"], row["prompt"]
     rates = " / ".join(_three_digits(speed["tokens_per_second"]) for speed in (one, many, prompt))
-    short = f"; host {format_bytes(row['host_short'])} short" if row["host_short"] else ""
+    absent = 1 - row["host_blocks"] / row["experts"]
+    short = f"; {100 * absent:.0f} % on disk" if absent else ""
+    if row["host_short"]:
+        short = f"; host {format_bytes(row['host_short'])} short"
     hits = f"{100 * row['hit_rate']:.0f} % hits"
     band = f"{_three_digits(one['low'])} to {_three_digits(one['high'])}"
     return f"{rates} ({band}); {hits}, {one['bound']}{short}"
@@ -89,6 +92,7 @@ def _row(name: str, machine: Machine) -> dict[str, Any]:
         **row,
         "slots": found.slots,
         "experts": found.experts,
+        "host_blocks": found.host_blocks,
         "host_short": found.host_short,
         "fits": found.fits,
         "hit_rate": None if hits is None else rounded(hits.expected),
@@ -100,6 +104,7 @@ def _row(name: str, machine: Machine) -> dict[str, Any]:
                 "high": rounded(speed.high),
                 "bound": speed.time.bound,
                 "link_bytes_per_token": rounded(speed.link_bytes_per_token),
+                "disk_bytes_per_token": rounded(speed.disk_bytes_per_token),
             }
             for part, speed in (("single", found.single), ("batched", found.batched), ("prompt", found.prompt))
         },

@@ -93,6 +93,8 @@ def forecast_table(result: "Forecast") -> str:
     device = f"{format_bytes(result.device_bytes)} of {format_bytes(machine.device_memory)}"
     host = f"{format_bytes(result.host_bytes)} of {format_bytes(machine.host_memory)}"
     short = f"{format_bytes(result.host_short)} short" if result.host_short else "fits"
+    if result.host_blocks < result.experts and not result.host_short:
+        short = f"holds {result.host_blocks} of {result.experts} experts, the others stay on disk"
     batched = [("decode", result.batched)] if result.batched.batch > 1 else []
     rows = [("decode", result.single), *batched, ("prompt", result.prompt)]
     return "\n".join(
@@ -111,6 +113,8 @@ def _line(name: str, speed: "Speed") -> str:
     label = f"{name}, {speed.batch}" if name == "decode" else name
     rate = f"{speed.tokens_per_second:.3g} tokens/s"
     moved = f"{format_bytes(round(speed.link_bytes_per_token))} a token over the link"
+    if speed.disk_bytes_per_token:
+        moved += f", {format_bytes(round(speed.disk_bytes_per_token))} from disk"
     hits = speed.hit_rate
     rates = (
         "" if hits is None else f", hits {100 * hits.expected:.0f} % ({100 * hits.low:.0f} to {100 * hits.high:.0f})"

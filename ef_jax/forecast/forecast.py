@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ef_jax.forecast.hit_rate import HitRate, prior_hit_rate, replayed_hit_rate
 from ef_jax.forecast.machine import Machine
-from ef_jax.forecast.times import PassTime, prompt_time, step_time
+from ef_jax.forecast.times import Miss, PassTime, prompt_time, step_time
 from ef_jax.forecast.work import prompt_work, step_work
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.sizes import format_bytes
@@ -33,6 +33,7 @@ class Speed:
       hit_rate: of decoding; None of a prompt.
       time: of one pass, as expected.
       link_bytes_per_token: expert bytes over the link, as expected.
+      disk_bytes_per_token: expert bytes from disk, as expected.
     """
 
     tokens_per_second: float
@@ -42,6 +43,7 @@ class Speed:
     hit_rate: HitRate | None
     time: PassTime
     link_bytes_per_token: float
+    disk_bytes_per_token: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -59,7 +61,9 @@ class Forecast:
       machine: what it runs on.
       slots: cache slots, of `experts`.
       device_bytes: what the plan puts on the device.
-      host_bytes: what the host must hold: all expert blocks, 1 GB besides, and on a CPU the device's bytes too.
+      host_blocks: expert blocks that the host's memory holds; where not all fit, the others stay on disk.
+      host_bytes: what the host must hold: these blocks, 1 GB besides, and on a CPU the device's bytes too.
+      miss: what becomes of experts that a step misses.
       single: decoding one sequence.
       batched: decoding the plan's batch.
       prompt: prompt tokens of one sequence, in passes of the plan's chunk.
@@ -72,7 +76,9 @@ class Forecast:
     slots: int
     experts: int
     device_bytes: int
+    host_blocks: int
     host_bytes: int
+    miss: Miss
     single: Speed
     batched: Speed
     prompt: Speed
@@ -103,7 +109,14 @@ class Forecast:
         return {**contents, "machine": self.machine.as_dict(), **speeds, **verdict, "warnings": list(self.warnings)}
 
 
-def forecast(spec: ModelSpec, plan: MemoryPlan, machine: Machine, *, trace: RoutingTrace | None = None) -> Forecast:
+def forecast(
+    spec: ModelSpec,
+    plan: MemoryPlan,
+    machine: Machine,
+    *,
+    trace: RoutingTrace | None = None,
+    miss: Miss = "fetch",
+) -> Forecast:
     """What a model is expected to do on a machine under a memory plan.
 
     Args:
@@ -111,12 +124,15 @@ def forecast(spec: ModelSpec, plan: MemoryPlan, machine: Machine, *, trace: Rout
       plan: its memory plan, which gives slots, batch, context and chunk.
       machine: the figures to go by.
       trace: recorded routing of this model, replayed for the hit rate instead of going by the cache's size.
+      miss: whether experts that a step misses are fetched, computed by the host's CPU, or both, see `step_time`.
 
     Raises:
       InputError: the trace is of another model.
     """
     positions = plan.context // 2
-    decode = _decoding(spec, plan, machine, positions, trace)
+    besides = _HOST_SLACK + (plan.total if machine.platform == "cpu" else 0)
+    host_blocks = _host_blocks(plan, machine.host_memory - besides)
+    decode = _decoding(spec, plan, machine, positions, trace, host_blocks, miss)
     cached = plan.slots / plan.experts
     tokens = plan.chunk
 
@@ -128,37 +144,59 @@ def forecast(spec: ModelSpec, plan: MemoryPlan, machine: Machine, *, trace: Rout
             cached=cached,
             resident=plan.slots == plan.experts,
             staging_slots=plan.staging_slots,
+            on_host=host_blocks / plan.experts,
         )
 
-    host_bytes = plan.host_bytes + _HOST_SLACK + (plan.total if machine.platform == "cpu" else 0)
+    host_bytes = host_blocks * plan.block_bytes + besides
     single = decode(1)
     result = Forecast(
         machine=machine,
         slots=plan.slots,
         experts=plan.experts,
         device_bytes=plan.total,
+        host_blocks=host_blocks,
         host_bytes=host_bytes,
+        miss=miss,
         single=single,
         batched=single if plan.batch == 1 else decode(plan.batch),
         prompt=_speed(prompt, tokens=tokens, batch=1, hit_rate=None),
-        load_seconds=(plan.dense + plan.host_bytes) / machine.disk_bandwidth,
+        load_seconds=(plan.dense + host_blocks * plan.block_bytes) / machine.disk_bandwidth,
         positions=positions,
         warnings=(),
     )
     return dataclasses.replace(result, warnings=_warnings(result, plan))
 
 
+def _host_blocks(plan: MemoryPlan, room: int) -> int:
+    """Blocks that the host holds: all, or what there is room for, but no fewer than a layer of a step can need."""
+    least = min(plan.experts, plan.token_cycle)
+    return min(plan.experts, max(least, room // plan.block_bytes))
+
+
 def _decoding(
-    spec: ModelSpec, plan: MemoryPlan, machine: Machine, positions: int, trace: RoutingTrace | None
+    spec: ModelSpec,
+    plan: MemoryPlan,
+    machine: Machine,
+    positions: int,
+    trace: RoutingTrace | None,
+    host_blocks: int,
+    miss: Miss,
 ) -> Callable[[int], Speed]:
     # Slots that only an encoder's experts could fill are of no use to a step.
     experts = len(spec.step_moe_layers) * spec.experts.count
     slots = min(plan.slots, experts)
 
     def decode(batch: int) -> Speed:
-        rate = prior_hit_rate(spec, slots, batch) if trace is None else replayed_hit_rate(spec, trace, slots, batch)
+        def rate_with(blocks: int) -> HitRate:
+            blocks = min(blocks, experts)
+            if trace is None:
+                return prior_hit_rate(spec, blocks, batch)
+            return replayed_hit_rate(spec, trace, blocks, batch)
+
+        rate, on_host = rate_with(slots), rate_with(host_blocks)
         work = step_work(spec, batch=batch, positions=positions)
         hits = (rate.low, rate.expected, rate.high)
+        host_hits = (on_host.low, on_host.expected, on_host.high)
 
         def step(way: Way) -> PassTime:
             return step_time(
@@ -169,6 +207,8 @@ def _decoding(
                 hit_rate=hits[1 + way],
                 resident=slots == experts,
                 prefetched=PREFETCHED[1 + way],
+                host_hit_rate=host_hits[1 + way],
+                miss=miss,
             )
 
         return _speed(step, tokens=batch, batch=batch, hit_rate=rate)
@@ -186,6 +226,7 @@ def _speed(time: Callable[[Way], PassTime], *, tokens: int, batch: int, hit_rate
         hit_rate=hit_rate,
         time=expected,
         link_bytes_per_token=expected.link_bytes / tokens,
+        disk_bytes_per_token=expected.disk_bytes / tokens,
     )
 
 
@@ -196,9 +237,14 @@ def _warnings(result: Forecast, plan: MemoryPlan) -> tuple[str, ...]:
             f"the plan needs {format_bytes(result.device_bytes)} on the device and {machine.name} has "
             f"{format_bytes(machine.device_memory)}: {format_bytes(result.device_bytes - machine.device_memory)} short"
         )
+    if result.host_blocks < result.experts and not result.host_short:
+        found.append(
+            f"host memory holds {result.host_blocks} of {result.experts} experts: the others are read from disk when "
+            "they are needed, from a converted checkpoint"
+        )
     if result.host_short:
         found.append(
-            f"the experts need {format_bytes(result.host_bytes)} of host memory and {machine.name} has "
+            f"a step's experts need {format_bytes(result.host_bytes)} of host memory and {machine.name} has "
             f"{format_bytes(machine.host_memory)}: {format_bytes(result.host_short)} short"
         )
     return tuple(found)

@@ -16,11 +16,13 @@ class LayerWork:
     Attributes:
       read_bytes: of weights (experts in use among them) and caches, from device memory.
       operations: of products with weights, two a weight and token.
+      expert_operations: of these, those with expert weights.
       experts: distinct ones in use; 0 in a dense layer.
     """
 
     read_bytes: float
     operations: float
+    expert_operations: float
     experts: float
 
 
@@ -53,13 +55,16 @@ def _layer(spec: ModelSpec, index: int, *, sequences: int, tokens: int, position
     return LayerWork(
         read_bytes=dense_bytes + sequences * remembered + experts * spec.block_bytes,
         operations=2.0 * tokens * (weights + active),
+        expert_operations=2.0 * tokens * active,
         experts=experts,
     )
 
 
 def _head(spec: ModelSpec, rows: int) -> LayerWork:
     weights = spec.vocab * spec.hidden
-    return LayerWork(read_bytes=float(weights * spec.itemsize), operations=2.0 * rows * weights, experts=0.0)
+    return LayerWork(
+        read_bytes=float(weights * spec.itemsize), operations=2.0 * rows * weights, expert_operations=0.0, experts=0.0
+    )
 
 
 @functools.lru_cache(maxsize=1024)

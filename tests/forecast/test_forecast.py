@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ef_jax.errors import BudgetError
-from ef_jax.forecast import MACHINES, Forecast, Machine, arithmetic_plan, forecast
+from ef_jax.forecast import MACHINES, Forecast, Machine, arithmetic_plan, forecast, prior_hit_rate
 from ef_jax.forecast.work import prompt_work, step_work
 from ef_jax.memory.parameters import count_parameters
 from ef_jax.memory.plan import MemoryRequest
@@ -19,7 +20,12 @@ from tests.replay.traces import made_up
 
 GPU, CPU = MACHINES["rtx4090-pcie4"], MACHINES["cpu-emulated-pcie3"]
 _TO_FORECAST = ("deepseek-v2-lite", "gpt-oss-20b", "llama-4-scout", "qwen3-next-80b-a3b", "switch-base-8")
-_FASTER = ("device_bandwidth", "device_flops", "link_bandwidth", "insert_bandwidth", "disk_bandwidth")
+_FASTER = (
+    "device_bandwidth", "device_flops", "link_bandwidth", "insert_bandwidth", "disk_bandwidth", "host_bandwidth",
+    "host_flops",
+)  # fmt: skip
+_LITTLE_MEMORY = 10**9 + 20 * SMALL.block_bytes
+_MISSES = ("fetch", "compute", "auto")
 _SLOWER = ("link_latency", "block_seconds", "dispatch_seconds", "kernel_seconds", "miss_seconds", "row_seconds")
 
 
@@ -39,7 +45,8 @@ def machines(draw: st.DrawFn) -> Machine:
     machine = draw(st.sampled_from(list(MACHINES.values())))
     factors = st.floats(-2, 2).map(lambda power: 10.0**power)
     changes = {name: value * draw(factors) for name in (*_FASTER, *_SLOWER) if (value := getattr(machine, name))}
-    return dataclasses.replace(machine, **changes)
+    memory = draw(st.sampled_from([machine.host_memory, _LITTLE_MEMORY]))
+    return dataclasses.replace(machine, **changes, host_memory=memory)
 
 
 @settings(max_examples=40)
@@ -48,14 +55,15 @@ def machines(draw: st.DrawFn) -> Machine:
     name=st.sampled_from([*_FASTER, *_SLOWER]),
     share=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
     batch=st.sampled_from([1, 3, 16]),
+    miss=st.sampled_from(_MISSES),
 )
-def test_a_better_figure_is_never_slower(machine: Machine, name: str, share: float, batch: int) -> None:
+def test_a_better_figure_is_never_slower(machine: Machine, name: str, share: float, batch: int, miss: Any) -> None:
     plan = plan_of(SMALL, share, batch=batch, platform=machine.platform)
     value = getattr(machine, name)
     if value is None:
         return
     better = dataclasses.replace(machine, **{name: value * 2 if name in _FASTER else value / 2})
-    ours, theirs = forecast(SMALL, plan, better), forecast(SMALL, plan, machine)
+    ours, theirs = forecast(SMALL, plan, better, miss=miss), forecast(SMALL, plan, machine, miss=miss)
     _never_slower(ours, theirs)
     for speed in (ours.single, ours.batched, ours.prompt):
         assert 0 < speed.low <= speed.tokens_per_second <= speed.high < math.inf
@@ -86,7 +94,10 @@ def test_what_fits_agrees_with_the_plan(budget: int, memory: int, host: int) -> 
     result = forecast(SMALL, plan, machine)
     assert result.fits_device == (plan.total <= memory)
     assert result.fits_device or budget > memory
-    assert result.host_short == max(0, plan.host_bytes + 10**9 - host)
+    least = plan.token_cycle * plan.block_bytes
+    assert result.host_short == max(0, least + 10**9 - host)
+    assert least <= result.host_blocks * plan.block_bytes <= max(least, host - 10**9)
+    assert (result.host_blocks == plan.experts) == (plan.host_bytes + 10**9 <= host)
     assert result.fits == (result.fits_device and not result.host_short)
     said = [text for text in result.warnings if "short" in text]
     assert len(said) == (not result.fits_device) + bool(result.host_short)
@@ -110,6 +121,54 @@ def test_a_step_by_hand() -> None:
     assert time.compute == 0
     assert time.bound == max(("link", time.link), ("device memory", time.memory), ("dispatch", time.dispatch),
                              key=lambda part: part[1])[0]  # fmt: skip
+
+
+def test_what_memory_does_not_hold_comes_from_disk() -> None:
+    """With room for half of the experts the misses of half of them are read, and waited for on a CPU."""
+    plan = plan_of(SMALL, 0.0, platform="cpu")
+    half = plan.experts // 2
+    machine = dataclasses.replace(
+        CPU, host_memory=10**9 + plan.total + half * plan.block_bytes + 1, disk_bandwidth=1e3
+    )  # fmt: skip
+    result = forecast(SMALL, plan, machine)
+    assert (result.host_blocks, result.host_short) == (half, 0)
+    assert "read from disk" in result.warnings[-1]
+    experts = len(SMALL.moe_layers) * SMALL.experts.top_k
+    absent = experts * (1 - prior_hit_rate(SMALL, half, 1).expected)
+    time = result.single.time
+    assert time.disk_bytes == pytest.approx(absent * plan.block_bytes)
+    assert time.disk == pytest.approx(time.disk_bytes / 1e3)
+    assert time.bound == "disk"
+    whole = forecast(SMALL, plan, dataclasses.replace(machine, host_memory=10**12))
+    assert whole.single.time.disk_bytes == 0
+    assert time.link == pytest.approx(whole.single.time.link)
+
+
+def test_misses_shared_by_link_and_cpu_by_hand() -> None:
+    """A link and a CPU of the same speed share the misses evenly; one that is much slower gets hardly any."""
+    block = SMALL.block_bytes
+    machine = dataclasses.replace(
+        CPU, link_bandwidth=1e6, host_bandwidth=1e6, host_flops=1e18, link_latency=0.0, block_seconds=0.0,
+        insert_bandwidth=None,
+    )  # fmt: skip
+    plan = plan_of(SMALL, 0.0, platform="cpu")
+    misses = len(SMALL.moe_layers) * SMALL.experts.top_k
+    fetch, compute, auto = (
+        forecast(SMALL, plan, machine, miss=miss).single.time for miss in ("fetch", "compute", "auto")
+    )
+    assert (fetch.link, fetch.host) == (pytest.approx(misses * block / 1e6), 0)
+    assert (compute.host, compute.link, compute.link_bytes) == (pytest.approx(misses * block / 1e6), 0, 0)
+    assert auto.link + auto.host == pytest.approx(fetch.link / 2)
+    assert auto.link_bytes == pytest.approx(fetch.link_bytes / 2)
+    slow = forecast(SMALL, plan, dataclasses.replace(machine, host_bandwidth=1e3), miss="auto").single.time
+    assert slow.link_bytes == pytest.approx(fetch.link_bytes, rel=0.01)
+
+
+@settings(max_examples=40)
+@given(machine=machines(), share=st.sampled_from([0.0, 0.2, 0.9]), batch=st.sampled_from([1, 16]))
+def test_auto_is_never_slower_than_fetching(machine: Machine, share: float, batch: int) -> None:
+    plan = plan_of(SMALL, share, batch=batch, platform=machine.platform)
+    _never_slower(forecast(SMALL, plan, machine, miss="auto"), forecast(SMALL, plan, machine))
 
 
 def test_a_gpu_hides_what_was_predicted() -> None:
