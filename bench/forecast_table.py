@@ -5,7 +5,8 @@
 Ten models of tests/fixtures/configs on four machines of `ef_jax.forecast.MACHINES`, by arithmetic alone: nothing is
 loaded or compiled, and nobody has run it. A cell: tokens/s of decoding one sequence and a batch, and of a prompt; the
 band of the first; its expected hit rate and what bounds it; the share of the experts that stay on disk, where host
-memory does not hold all. The budget is 90 % of what JAX offers, as `load` takes it. Prints Markdown, then one line of JSON.
+memory does not hold all. The budget is 90 % of what JAX offers, as `load` takes it. Prints Markdown, then one line of
+JSON.
 """
 
 import argparse
