@@ -17,6 +17,8 @@ def slot_weights(spec: ModelSpec, pool: Slots) -> tuple[jax.Array | QuantizedPoo
         weights = pool["weights"]
     else:
         scales = {name: pool[name] for name in ("gate_up_scales", "down_scales")}
+        if experts.quantization == "int4":
+            scales = {name: from_storage(bits, "bfloat16") for name, bits in scales.items()}
         weights = QuantizedPool(values=pool["values"], **scales, format=experts.quantization)
     biases = None
     if experts.bias:

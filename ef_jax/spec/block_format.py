@@ -101,7 +101,12 @@ class BlockFormat:
 
 @functools.lru_cache(maxsize=64)
 def block_format(
-    weights: tuple[int, int, int], dtype: str, *, quantization: str | None = None, bias: bool = False
+    weights: tuple[int, int, int],
+    dtype: str,
+    *,
+    quantization: str | None = None,
+    group: int | None = None,
+    bias: bool = False,
 ) -> BlockFormat:
     """The format of blocks of packed `weights` `[P, F, D]`, the last of the P matrices the transposed down projection.
 
@@ -109,10 +114,15 @@ def block_format(
       weights: their shape.
       dtype: of weights that are not quantized, and of biases.
       quantization: how the weights are stored; None: as `dtype`.
+      group: weights that share a scale, of "int4".
       bias: the projections, gate and up and down, have biases.
     """
     _, width, hidden = weights
-    contents: _Contents = (("weights", weights, dtype),) if quantization is None else _QUANTIZED[quantization](weights)
+    contents: _Contents = (("weights", weights, dtype),)
+    if group is not None:
+        contents = _int4(weights, group)
+    elif quantization is not None:
+        contents = _QUANTIZED[quantization](weights)
     if bias:
         contents += (("gate_bias", (width,), dtype), ("up_bias", (width,), dtype), ("down_bias", (hidden,), dtype))
     placed: list[BlockPart] = []
@@ -136,4 +146,24 @@ def _mxfp4(weights: tuple[int, int, int]) -> _Contents:
     )
 
 
-_QUANTIZED: dict[str, Callable[[tuple[int, int, int]], _Contents]] = {"mxfp4": _mxfp4}
+def _int8(weights: tuple[int, int, int]) -> _Contents:
+    """A scale for an output channel."""
+    parts, width, hidden = weights
+    return (
+        ("values", weights, "int8"),
+        ("gate_up_scales", (parts - 1, width, 1), "float32"),
+        ("down_scales", (1, hidden), "float32"),
+    )
+
+
+def _int4(weights: tuple[int, int, int], group: int) -> _Contents:
+    """Packed as mxfp4, a scale for `group` weights along the axis that is summed over."""
+    parts, width, hidden = weights
+    return (
+        ("values", (parts, width, hidden // 2), "uint8"),
+        ("gate_up_scales", (parts - 1, width, hidden // group), "bfloat16"),
+        ("down_scales", (width // group, hidden), "bfloat16"),
+    )
+
+
+_QUANTIZED: dict[str, Callable[[tuple[int, int, int]], _Contents]] = {"mxfp4": _mxfp4, "int8": _int8}

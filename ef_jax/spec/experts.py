@@ -18,6 +18,8 @@ class ExpertSpec:
       bias: the projections have biases.
       scale_input: the router's weight scales an expert's input, not its output (Llama 4).
       quantization: how the checkpoint stores the blocks, and so the host and the slots; None: in the model's dtype.
+        "int8" and "int4" are roundings of ours, which lose something.
+      group: weights that share a scale, of "int4".
     """
 
     count: int
@@ -27,7 +29,8 @@ class ExpertSpec:
     gated: bool = True
     bias: bool = False
     scale_input: bool = False
-    quantization: Literal["mxfp4"] | None = None
+    quantization: Literal["mxfp4", "int8", "int4"] | None = None
+    group: int | None = None
 
     def __post_init__(self) -> None:
         require(self.count > 0, f"experts must be positive, got {self.count}")
@@ -35,6 +38,10 @@ class ExpertSpec:
         require(
             self.gated or (self.activation != "clamped_swiglu" and not self.bias and self.quantization is None),
             "experts without a gate have a plain activation, no biases and are not quantized",
+        )
+        require(
+            (self.group is not None) == (self.quantization == "int4"),
+            f"int4 experts and no others have a group, got {self.group} for {self.quantization}",
         )
         require(0 < self.top_k <= self.count, f"top-k must be between 1 and {self.count} experts, got {self.top_k}")
 

@@ -94,6 +94,12 @@ class ModelSpec:
             width, hidden = self.experts.width, self.hidden
             require(width % 32 == 0, f"mxfp4 experts must have a multiple of 32 as width, got {width}")
             require(hidden % 64 == 0, f"mxfp4 experts must have a multiple of 64 as hidden size, got {hidden}")
+        if (group := self.experts.group) is not None:
+            width, hidden = self.experts.width, self.hidden
+            require(
+                group > 0 and width % group == 0 and hidden % (2 * group) == 0,
+                f"int4 groups of {group} must divide the expert width {width} and half of the hidden size {hidden}",
+            )
 
         if self.decoder_start is not None or any(layer.stack == "encoder" for layer in self.layers):
             self._check_encoder()
@@ -165,7 +171,16 @@ class ModelSpec:
     def block_format(self) -> BlockFormat:
         """What one expert block is made of, as stored."""
         experts = self.experts
-        return block_format(self.block_shape, self.dtype, quantization=experts.quantization, bias=experts.bias)
+        return block_format(
+            self.block_shape, self.dtype, quantization=experts.quantization, group=experts.group, bias=experts.bias
+        )
+
+    @property
+    def block_dtype(self) -> str:
+        """What the weights of a block are stored as, for reports: the dtype, or "int4:32" where a group is needed."""
+        experts = self.experts
+        name = experts.quantization or self.dtype
+        return name if experts.group is None else f"{name}:{experts.group}"
 
     @property
     def block_bytes(self) -> int:

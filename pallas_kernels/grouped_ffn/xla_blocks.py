@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
-from pallas_kernels.grouped_ffn.quantized import Format, QuantizedPool, decode_halves, decode_scales, dequantize
+from pallas_kernels.grouped_ffn.quantized import (
+    Format,
+    QuantizedPool,
+    decode_halves,
+    decode_scales,
+    dequantize,
+    is_packed,
+)
 from pallas_kernels.grouped_ffn.storage import Pool, from_storage, to_storage
 
 
@@ -62,14 +69,15 @@ def load_biases(biases: ExpertBiases, slot: jax.Array, part: jax.Array | int, wi
 
 
 def _sliced(pool: QuantizedPool, slot: jax.Array, part: jax.Array | int, parts: int) -> QuantizedPool:
-    """The part as a pool of one slot."""
+    """The part as a pool of one slot. Scales of 16 bits are sliced as bits, as biases are."""
 
     def along(array: jax.Array, axis: int) -> jax.Array:
         sizes = [1, *array.shape[1:]]
         sizes[axis] //= parts
         starts: list[jax.Array | int] = [slot, *(0,) * (array.ndim - 1)]
         starts[axis] = part * sizes[axis]
-        return jax.lax.dynamic_slice(array, starts, sizes)
+        run = jax.lax.dynamic_slice(to_storage(array), starts, sizes)
+        return run if run.dtype == array.dtype else from_storage(run, array.dtype)
 
     return QuantizedPool(
         values=along(pool.values, 2),
@@ -82,7 +90,7 @@ def _sliced(pool: QuantizedPool, slot: jax.Array, part: jax.Array | int, parts: 
 def _decoded(block: QuantizedPool, dtype: jax.typing.DTypeLike) -> BlockPart:
     _, _, width, hidden = block.shape
     of_columns, of_rows = block.groups
-    if block.format == "int8" or hidden // 2 % of_columns:
+    if not is_packed(block.format) or hidden // 2 % of_columns:
         weights = dequantize(block)[0].astype(dtype)
         return BlockPart((weights[:-1].reshape(-1, hidden),), (weights[-1],))
     halves = decode_halves(block.values[0], block.format)
