@@ -7,6 +7,7 @@ from typing import Any
 from ef_jax.errors import InputError
 
 _FORMATS = ("int8", "int4")
+_MOST_BIAS = 64.0  # whose power is far from the largest float32
 _GROUPS = ("32", "64", "96", "128")
 
 
@@ -18,7 +19,7 @@ class LossyOptions:
       adaptive_experts: a token keeps its experts of largest router weight up to this share of the weight of all that it
         chose, above 0 to 1; those beyond are dropped. 1 drops none.
       cache_bias: when decoding, an expert that has a slot is chosen before one that has not, if its router logit is
-        lower by less than this; 0 changes nothing.
+        lower by less than this, 0 to 64; 0 changes nothing.
       skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1.
       low_precision_miss: a missing expert whose router weight is below this is fetched in 4 bits, 0 to 1.
       quantize: blocks are stored and computed in fewer bits: "int8", "int4" (a scale for 32 weights), or "int4:64".
@@ -35,7 +36,7 @@ class LossyOptions:
 
     def __post_init__(self) -> None:
         _check_number("adaptive_experts", self.adaptive_experts, most=1.0, above_zero=True)
-        _check_number("cache_bias", self.cache_bias, most=math.inf)
+        _check_number("cache_bias", self.cache_bias, most=_MOST_BIAS)
         _check_number("skip", self.skip, most=1.0)
         _check_number("low_precision_miss", self.low_precision_miss, most=1.0)
         if self.quantize is not None:
@@ -73,8 +74,8 @@ def _check_number(name: str, value: float | None, *, most: float, above_zero: bo
         return
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value < 0 or (above_zero and value == 0) or value > most:
-        wanted = f"{'above 0' if above_zero else '0'} to {most:g}" if math.isfinite(most) else "0 or more"
-        raise InputError(f"lossy_{name} must be a number, {wanted}; got {value!r:.60}")
+        least = "above 0" if above_zero else "0"
+        raise InputError(f"lossy_{name} must be a number, {least} to {most:g}; got {value!r:.60}")
 
 
 LOSSLESS = LossyOptions()

@@ -1,5 +1,6 @@
 """Flax NNX modules of the decoder and the pure functions under them. The routed experts live outside."""
 
+from ef_jax.nn.adaptive import keep_share as keep_share
 from ef_jax.nn.attention import KEY_BLOCK as KEY_BLOCK
 from ef_jax.nn.attention import QUERY_BLOCK as QUERY_BLOCK
 from ef_jax.nn.attention import attend as attend

@@ -95,14 +95,15 @@ class DecoderLayer(nnx.Module):
         return self.ffn_norm(x)
 
     def route(
-        self, x: Float[Array, "B T D"]
+        self, x: Float[Array, "B T D"], lift: Float32[Array, " E"] | None = None
     ) -> tuple[Float[Array, "B T D"], Int32[Array, "B T K"], Float[Array, "B T K"]]:
-        """`ffn_input(x)`, each token's expert ids, best first, and their weights. MoE layers only."""
+        """`ffn_input(x)`, each token's expert ids, best first, and their weights; `lift` as `nn.route` has it. MoE
+        layers only."""
         if self.router is None:
             raise ValueError("a dense layer has no router")
         with jax.named_scope("route"):
             h = self.ffn_input(x)
-            return h, *self.router(h)
+            return h, *self.router(h, lift)
 
     def finish(
         self, x: Float[Array, "B T D"], h: Float[Array, "B T D"], routed: Float[Array, "B T D"] | None = None

@@ -54,16 +54,25 @@ def route(
     top_k: int,
     select_bias: Float32[Array, " E"] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    lift: Float32[Array, " E"] | None = None,
 ) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
     """Expert ids, best first (equal scores: the lower id first), and their weights.
 
     Scores are float32. Weights come back in the model's `dtype` (None: the logits') where the spec casts them back
-    (`RouterSpec.casts_back`), else in float32.
+    (`RouterSpec.casts_back`), else in float32. `lift` is added to the logits for the choice alone, not for the weights,
+    and experts outside the best groups stay out.
     """
-    chosen, ids = jax.lax.top_k(choice_scores(logits, spec, select_bias, dtype or logits.dtype), top_k)
+    choice = choice_scores(logits, spec, select_bias, dtype or logits.dtype)
+    if lift is not None:
+        lift = along_last(lift, choice)
+        of_logits = select_bias is None and spec.groups is None
+        choice = choice + lift if of_logits else _lifted(choice, logits.astype(jnp.float32), spec, lift)
+    chosen, ids = jax.lax.top_k(choice, top_k)
     if spec.sparse_mixer is not None:
         weights = _sparse_mixer(logits, ids, spec.sparse_mixer)
     elif spec.order == "topk_then_score":
+        if lift is not None:
+            chosen = jnp.take_along_axis(logits.astype(jnp.float32), ids, axis=-1)
         weights = _score(chosen, spec)
     else:
         weights = jnp.take_along_axis(_score(logits.astype(jnp.float32), spec), ids, axis=-1)
@@ -75,6 +84,17 @@ def route(
     if spec.scale != 1.0:
         weights = weights * spec.scale
     return ids.astype(jnp.int32), weights.astype(dtype or logits.dtype) if spec.casts_back else weights
+
+
+def _lifted(
+    choice: Float32[Array, "*rows E"], logits: Float32[Array, "*rows E"], spec: RouterSpec, lift: Float32[Array, "*any"]
+) -> Float32[Array, "*rows E"]:
+    """Choices by scores as they would be with higher logits; those outside the best groups stay where they are."""
+    score = _score(logits, spec)
+    # Of a softmax, as if its sum were the same.
+    higher = score * jnp.exp(lift) if spec.score == "softmax" else _score(logits + lift, spec)
+    lifted = choice + (higher - score)
+    return lifted if spec.groups is None else jnp.where(choice == spec.groups.mask, choice, lifted)
 
 
 def _sparse_mixer(
@@ -145,9 +165,11 @@ class Router(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((experts,), dtype)) if spec.bias else None
         self.select_bias = nnx.Param(jnp.zeros((experts,), jnp.float32)) if spec.select_bias else None
 
-    def __call__(self, h: Float[Array, "*rows D"]) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
-        """Expert ids and weights of normed hidden states."""
+    def __call__(
+        self, h: Float[Array, "*rows D"], lift: Float32[Array, " E"] | None = None
+    ) -> tuple[Int32[Array, "*rows K"], Float[Array, "*rows K"]]:
+        """Expert ids and weights of normed hidden states; `lift` as `route` has it."""
         bias = None if self.bias is None else self.bias[...]
         select_bias = None if self.select_bias is None else self.select_bias[...]
         logits = router_logits(h, self.weight[...], bias, self.spec)
-        return route(logits, self.spec, self.top_k, select_bias, h.dtype)
+        return route(logits, self.spec, self.top_k, select_bias, h.dtype, lift)

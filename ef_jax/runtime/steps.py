@@ -13,10 +13,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.memory.slot_pool import Slots
-from ef_jax.nn import combine, expert_order, layer_definition, merge_finish, merge_layer, weighted_sum, within_capacity
+from ef_jax.nn import (
+    combine,
+    expert_order,
+    keep_share,
+    layer_definition,
+    merge_finish,
+    merge_layer,
+    weighted_sum,
+    within_capacity,
+)
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS, PROMPT_TILE_ROWS, ExpertKernels
 from ef_jax.runtime.slot_weights import slot_weights
 from ef_jax.spec import LayerSpec, ModelSpec
@@ -155,9 +164,14 @@ def enter_layer(
     reach: Int32[Array, "2"],
     span: int,
     rows: Int32[Array, " B"] | None = None,
+    *,
+    share: float | None = None,
+    lift: Float32[Array, " E"] | None = None,
 ) -> tuple[Routed | Float[Array, "B T D"], tuple[Array, ...]]:
     """The mixer of a layer over the first `span` positions of the cache's `rows`, then its router, or its whole dense
     network.
+
+    A run that may change what is chosen gives the `share` of `keep_share`, and the `lift` of `route`.
 
     Returns:
       `Routed` for an MoE layer, the residual stream for a dense one; and the layer's updated cache.
@@ -167,7 +181,9 @@ def enter_layer(
     if kind.ffn == "dense":
         return layer.finish(x, layer.ffn_input(x)), cache
     x = jax.lax.optimization_barrier(x)  # the router reads x as it is passed on, rounded
-    h, ids, weights = layer.route(x)
+    h, ids, weights = layer.route(x, lift)
+    if share is not None:
+        ids, weights = keep_share(ids, weights, share, normalized=spec.router.normalizes)
     ids = jnp.where(positions[..., None] >= 0, ids, -1)
     if spec.router.capacity is not None and x.shape[1] > 1:
         ids = within_capacity(ids, spec.experts.count, spec.router.capacity)

@@ -87,6 +87,11 @@ class RouterSpec:
         return self.dtype in ("model", "f32_cast_back")
 
     @property
+    def normalizes(self) -> bool:
+        """Whether a token's weights are shares of a sum over those that were chosen."""
+        return self.normalize is not None or (self.order == "topk_then_score" and self.score == "softmax")
+
+    @property
     def exact_logits(self) -> bool:
         """Whether the logits are computed in float32 throughout."""
         return self.dtype in ("f32", "f32_cast_back")
