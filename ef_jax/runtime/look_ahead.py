@@ -3,7 +3,7 @@
 A program that ends with a router also takes the residual stream through the norms and routers of the next layers
 (`pregate`), corrects the scores where there is a trained predictor, and leaves ids and scores in one small array, the
 report, which the host reads in one go. The look ahead starts behind an optimization barrier: it never changes what the
-layer computes.
+layer computes. A run that weighs its misses has the router's weights in the report too, with a look ahead or without.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from ef_jax.runtime.steps import Routed
 from ef_jax.spec import ModelSpec
 
 _ID_BYTES = 2  # expert ids travel as uint16; an inactive sequence's are 65535
+_WEIGHT_BYTES = 4  # float32
 _DIVERSITY_BYTES = 4
 
 
@@ -126,19 +127,30 @@ class Report(NamedTuple):
 
     Attributes:
       ids: the experts of each sequence, in batch order; none where no router ran.
-      bins: how likely coming layers are to use each expert; row d is d layers ahead.
+      bins: how likely coming layers are to use each expert; row d is d layers ahead. None where nothing looks ahead.
       diversity: of the tokens chosen, see `token_diversity`; 0 where none were.
+      weights: the router's weight of each of `ids`; None where the report has none.
     """
 
     ids: list[list[int]]
-    bins: UInt8[np.ndarray, "H+1 E"]
-    diversity: float
+    bins: UInt8[np.ndarray, "H+1 E"] | None
+    diversity: float = 0.0
+    weights: list[list[float]] | None = None
 
 
 def look_from_layer(
-    model: ModelSpec, spec: LookAheadSpec, look: Look, routed: Routed, state: Float32[Array, "B W"] | None
+    model: ModelSpec,
+    spec: LookAheadSpec,
+    look: Look,
+    routed: Routed,
+    state: Float32[Array, "B W"] | None,
+    *,
+    weighed: bool = False,
 ) -> tuple[UInt8[Array, " n"], Float32[Array, "B W"] | None]:
-    """The report of a decode step's MoE layer, `look.first`, and the state after it; while tracing."""
+    """The report of a decode step's MoE layer, `look.first`, and the state after it; while tracing.
+
+    A `weighed` report has the router's weights in it.
+    """
     with jax.named_scope("look_ahead"):
         x, ids = jax.lax.optimization_barrier((routed.x[:, 0], routed.ids[:, 0]))
         if spec.correction is not None and look.trained is not None and state is not None:
@@ -152,7 +164,14 @@ def look_from_layer(
         if spec.correction is not None and look.trained is not None and state is not None:
             odds = correction.correct(spec.correction, look.trained.source, choice[:, 1:], state)
         bins = to_bins(jnp.concatenate([own[None], union(odds, active, jnp)]), jnp)
-        return jnp.concatenate([_as_bytes(ids.astype(jnp.uint16)), bins.reshape(-1)]), state
+        own_routes = report_routes(routed) if weighed else _as_bytes(ids.astype(jnp.uint16))
+        return jnp.concatenate([own_routes, bins.reshape(-1)]), state
+
+
+def report_routes(routed: Routed) -> UInt8[Array, " n"]:
+    """The report of a decode step's MoE layer in which nothing looks ahead: ids and weights; while tracing."""
+    ids, weights = jax.lax.optimization_barrier((routed.ids[:, 0], routed.weights[:, 0]))
+    return jnp.concatenate([_as_bytes(ids.astype(jnp.uint16)), _as_bytes(weights.astype(jnp.float32))])
 
 
 def look_from_token(
@@ -187,13 +206,19 @@ def absorb_chunk(
     return correction.absorb(spec.correction, look.trained.common, state, look.first, ids)
 
 
-def read_report(model: ModelSpec, report: jax.Array | np.ndarray, batch: int) -> Report:
-    """What `look_from_layer` left; waits for it."""
+def read_report(model: ModelSpec, report: jax.Array | np.ndarray, batch: int, *, weighed: bool = False) -> Report:
+    """What `look_from_layer` or `report_routes` left; waits for it."""
     raw = np.asarray(report)
     top_k, experts = model.experts.top_k, model.experts.count
     cut = _ID_BYTES * batch * top_k
     ids = raw[:cut].view(np.uint16).reshape(batch, top_k).tolist()
-    return Report([row for row in ids if row[0] < experts], raw[cut:].reshape(-1, experts), 0.0)
+    weights = None
+    if weighed:
+        ids_end, cut = cut, cut + _WEIGHT_BYTES * batch * top_k
+        all_weights = raw[ids_end:cut].view(np.float32).reshape(batch, top_k).tolist()
+        weights = [weights for row, weights in zip(ids, all_weights, strict=True) if row[0] < experts]
+    bins = raw[cut:].reshape(-1, experts) if cut < len(raw) else None
+    return Report([row for row in ids if row[0] < experts], bins, weights=weights)
 
 
 def read_token_report(model: ModelSpec, report: jax.Array | np.ndarray) -> Report:

@@ -12,7 +12,8 @@ from ef_jax.runtime.programs import Programs
 from ef_jax.spec import ModelSpec
 
 Ahead = tuple[jax.Array, jax.Array | None]
-"""What a program that looks ahead leaves: its report, and the new state of a correction."""
+"""What a program that looks ahead leaves: its report, and the new state of a correction. One that only weighs what it
+routes leaves a report too."""
 
 
 class Lookout:
@@ -30,7 +31,7 @@ class Lookout:
 
     def __init__(self, spec: ModelSpec, programs: Programs, look_ahead: LookAhead | None) -> None:
         self.programs, self.look_ahead = programs, look_ahead
-        self._spec = spec
+        self._spec, self._weighed = spec, programs.weighed
         self._looking = look_ahead
         self._blind: Programs | None = None
         self._report: jax.Array | None = None  # of the last decode program that ended with a router
@@ -103,10 +104,12 @@ class Lookout:
 
     def hear(self, ahead: Ahead | None) -> None:
         """Keep what a layer's program said; None: nothing, and what the last one said is of no use any more."""
-        if ahead is None or self._looking is None:
+        if ahead is None:
             self._report = None
-        else:
-            self._report, self._looking.state = ahead
+            return
+        self._report, state = ahead
+        if self._looking is not None:
+            self._looking.state = state
 
     def hear_tokens(self, rows: list[int], ahead: Ahead | None) -> None:
         """Keep what the head said of the tokens that it chose for some rows; waits for it."""
@@ -116,8 +119,8 @@ class Lookout:
             self._token_report = rows, read_token_report(self._spec, report)
 
     def report(self, batch: int) -> Report | None:
-        """What the last layer's program said of a step of `batch` places; waits for it."""
-        return None if self._report is None else read_report(self._spec, self._report, batch)
+        """What the last layer's program said of a step of `batch` places; waits for it. None: nothing."""
+        return None if self._report is None else read_report(self._spec, self._report, batch, weighed=self._weighed)
 
     def token_report(self, rows: list[int]) -> Report | None:
         """What the head said of the latest tokens of exactly these rows, in this order."""

@@ -13,7 +13,7 @@ see (`reach_of`), "finish" the leaves of `finish_paths`, none for a dense layer.
 next program: for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding,
 with the outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the
 arguments of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody
-looks ahead.
+looks ahead, but that `weighed` programs of a decode step leave a report all the same.
 
 With an encoder a prompt is one pass through the encoder's layers, which ends by `end_encoder` and, for each layer of
 the decoder, `remember`. Decode steps run the decoder's layers.
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ef_jax.memory.program_memory import program_memory
+from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.nn import (
     QUERY_BLOCK,
     combine,
@@ -47,7 +48,9 @@ from ef_jax.runtime.look_ahead import (
     absorb_chunk,
     look_from_layer,
     look_from_token,
+    report_routes,
 )
+from ef_jax.runtime.low_precision import LowPrecision
 from ef_jax.runtime.program_arguments import ProgramArguments
 from ef_jax.runtime.rows import put, take
 from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
@@ -72,6 +75,9 @@ class Programs(ProgramArguments):
     positions of the key/value caches, one of `spans`; there are few of both, and how many sequences it takes depends on
     the width alone (`lanes`). So a sequence's results do not depend on its company. `compile_for` compiles what a
     sequence needs.
+
+    Reports of `weighed` programs have the router's weights in them. `low_precision` is the second pool of a run whose
+    misses of little weight are computed in 4 bits, by `low`.
     """
 
     def __init__(
@@ -86,9 +92,12 @@ class Programs(ProgramArguments):
         kernels: ExpertKernels,
         rows: int | None = None,
         look_ahead: LookAheadSpec | None = None,
+        weighed: bool = False,
+        low_precision: LowPrecision | None = None,
     ) -> None:
         super().__init__(spec, batch, batch if rows is None else rows, context, pool_slots, look_ahead, sharding)
         self.kernels = kernels
+        self.weighed, self.low_precision = weighed, low_precision
         of_chunk = pass_shapes.chunk_widths(min(chunk, context))
         self.chunk_widths = pass_shapes.prompt_widths(context) if spec.encodes else of_chunk
         self.spans = pass_shapes.spans(context)
@@ -114,7 +123,7 @@ class Programs(ProgramArguments):
         """Compile every program for every width and span."""
         widths = (1, *self.chunk_widths)
         passes = [program for width in widths for span in self.spans for program in self._pass(width, span)]
-        _in_parallel([*passes, self.there, self.end_step, self.head, self.join, self.logits])
+        _in_parallel([*passes, self.there, *self._in_low(), self.end_step, self.head, self.join, self.logits])
 
     def compile_largest(self) -> None:
         """Compile the programs with the largest workspace: over the whole context, the chunks of most tokens and those
@@ -123,7 +132,7 @@ class Programs(ProgramArguments):
         by_tokens = max(self.chunk_widths, key=lambda width: (self.lanes(width) * width, width))
         by_queries = max(self.chunk_widths, key=lambda width: (self.lanes(width) * min(width, QUERY_BLOCK), width))
         passes = [program for width in {by_tokens, by_queries} for program in self._pass(width, span)]
-        _in_parallel([*passes, self.end_step, self.head, self.join, self.logits])
+        _in_parallel([*passes, *self._in_low(), self.end_step, self.head, self.join, self.logits])
 
     def compile_for(self, length: int, until: int) -> None:
         """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken."""
@@ -135,7 +144,7 @@ class Programs(ProgramArguments):
             if self.span(before + 1) <= span <= self.span(before + until - length):
                 wanted += self._pass(1, span)
         if until > length and self.pool_slots < self.spec.total_experts:
-            wanted.append(self.there)
+            wanted += [self.there, *self._in_low()]
         _in_parallel(wanted)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
@@ -219,6 +228,22 @@ class Programs(ProgramArguments):
             return steps.run_experts(self.spec, self.kernels, routed, pool, slot_row, outputs)
 
         return self._program(("there",), there, lambda: self._carried(1, self._moe_kind))
+
+    def low(self) -> Compiled:
+        """`(Routed, small pool, slot_row, outputs) -> outputs`: in a decode step, the experts that `slot_row` gives a
+        slot of the pool of low precision."""
+        small = self.low_precision
+        if small is None:
+            raise ValueError("these programs compute nothing in low precision")
+
+        def low(routed, pool, slot_row, outputs):  # type: ignore[no-untyped-def]
+            return steps.run_experts(small.spec, small.kernels, routed, pool, slot_row, outputs)
+
+        def inputs() -> tuple[Any, ...]:
+            routed, _, slot_row, outputs = self._carried(1, self._moe_kind)
+            return routed, pool_shapes(small.spec.block_format, small.slots, self._sharding), slot_row, outputs
+
+        return self._program(("low", small), low, inputs)
 
     def wave(self, width: int) -> Compiled:
         """`(sorted rows, outputs, pool, slot_row) -> outputs` (donated): the experts of one wave."""
@@ -384,6 +409,9 @@ class Programs(ProgramArguments):
                 programs.append(functools.partial(self.absorb, width))
         return programs
 
+    def _in_low(self) -> list[Callable[[], Compiled]]:
+        return [] if self.low_precision is None else [self.low]
+
     def _reads_pool(self, key: tuple[Any, ...]) -> bool:
         name = key[0]
         if name == "between":
@@ -408,8 +436,9 @@ class Programs(ProgramArguments):
             return entered, cache, None
         if width == 1:
             if self.look_ahead is None:
-                return entered, cache, None
-            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, take(state, rows))
+                return entered, cache, (report_routes(entered), None) if self.weighed else None
+            known = take(state, rows)
+            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, known, weighed=self.weighed)
             return entered, cache, (report, put(state, rows, known))
         rows = steps.sort_rows(self.spec, entered)
         return (entered, rows, jnp.zeros_like(rows.rows)), cache, None
@@ -440,7 +469,7 @@ class Programs(ProgramArguments):
             pool_slots = self.pool_slots if self._reads_pool(key) else None
             look_ahead = self.look_ahead if self._looks_ahead(key) else None
             sizes = (self.batch, self.rows, self.context, pool_slots)
-            place = (self.spec, self.kernels, *sizes, look_ahead, self._sharding, key)
+            place = (self.spec, self.kernels, *sizes, look_ahead, self.weighed, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
