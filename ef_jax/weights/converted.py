@@ -15,7 +15,7 @@ from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName
 from ef_jax.weights.layout import Layout
 from ef_jax.weights.manifest import Manifest, read_manifest
 from ef_jax.weights.model_config import read_model_config
-from ef_jax.weights.zarr_array import read_raw_array
+from ef_jax.weights.zarr_array import raw_file, read_raw_array
 
 DENSE = "dense"
 SOURCE = "source"
@@ -80,6 +80,15 @@ class ConvertedCheckpoint(Checkpoint):
         self._check_block(layer, expert, out)
         # Blocks were found finite when they were converted; looking again would cost a quarter of the reading.
         self._read(layer_dir(self.path, layer), block_name(expert), out)
+
+    def block_file(self, layer: int, expert: int) -> Path | None:
+        """The file that begins with a block's bytes as they are in memory, see `raw_file`; None: there is none.
+
+        Raises:
+          CheckpointError: the block is missing, or of another dtype or shape.
+        """
+        form = self.spec.block_format
+        return raw_file(layer_dir(self.path, layer) / "state" / block_name(expert), form.dtype, form.shape)
 
     def close(self) -> None:
         """Nothing stays open between reads."""

@@ -7,6 +7,7 @@ index of 20 bytes (zarr 3, codec `sharding_indexed` with one inner chunk). Such 
 import functools
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,10 @@ def read_raw_array(directory: Path, out: np.ndarray) -> bool:
     Raises:
       CheckpointError: the array is missing, truncated, or not of `out`'s shape and dtype.
     """
-    metadata_file = directory / "zarr.json"
-    try:
-        metadata = parse_json(metadata_file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(metadata_file)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{str(metadata_file)!r} is not valid JSON: {error}") from None
-    shape = list(out.shape)
-    if not isinstance(metadata, dict) or metadata.get("shape") != shape or metadata.get("data_type") != out.dtype.name:
-        raise CheckpointError(f"{str(metadata_file)!r} does not describe an array of {out.dtype.name} {shape}")
-    if metadata != _raw_metadata(out.dtype, tuple(out.shape)):
+    chunk = raw_file(directory, out.dtype, out.shape)
+    if chunk is None:
         return False
-    chunk = directory.joinpath("c", *("0" for _ in shape))
-    index = np.empty(len(_index(out.nbytes)), np.uint8)
+    index = np.empty(len(raw_trailer(out.nbytes)), np.uint8)
     try:
         fd = os.open(chunk, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -52,13 +43,34 @@ def read_raw_array(directory: Path, out: np.ndarray) -> bool:
         fill_from(fd, index, out.nbytes, chunk)
     finally:
         os.close(fd)
-    if index.tobytes() != _index(out.nbytes):
+    if index.tobytes() != raw_trailer(out.nbytes):
         raise CheckpointError(f"{str(chunk)!r} is damaged: its chunk index is not that of one chunk")
     return True
 
 
+def raw_file(directory: Path, dtype: np.dtype[Any], shape: Sequence[int]) -> Path | None:
+    """The file that holds an array's bytes from its first byte on, then `raw_trailer`; None: it is stored otherwise.
+
+    Raises:
+      CheckpointError: there is no array in `directory`, or one of another dtype or shape.
+    """
+    metadata_file = directory / "zarr.json"
+    try:
+        metadata = parse_json(metadata_file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(metadata_file)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(metadata_file)!r} is not valid JSON: {error}") from None
+    sizes = list(shape)
+    if not isinstance(metadata, dict) or metadata.get("shape") != sizes or metadata.get("data_type") != dtype.name:
+        raise CheckpointError(f"{str(metadata_file)!r} does not describe an array of {dtype.name} {sizes}")
+    if metadata != raw_metadata(dtype, tuple(sizes)):
+        return None
+    return directory.joinpath("c", *("0" for _ in sizes))
+
+
 @functools.lru_cache(maxsize=64)
-def _raw_metadata(dtype: np.dtype[Any], shape: tuple[int, ...]) -> dict[str, Any]:
+def raw_metadata(dtype: np.dtype[Any], shape: tuple[int, ...]) -> dict[str, Any]:
     """zarr.json of an array that Orbax stores raw."""
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
@@ -79,7 +91,7 @@ def _raw_metadata(dtype: np.dtype[Any], shape: tuple[int, ...]) -> dict[str, Any
 
 
 @functools.lru_cache(maxsize=64)
-def _index(nbytes: int) -> bytes:
+def raw_trailer(nbytes: int) -> bytes:
     """The index of a shard whose one chunk takes `nbytes` from offset 0: offset, length, CRC-32C of the two."""
     entry = struct.pack("<QQ", 0, nbytes)
     crc = 0xFFFFFFFF
