@@ -25,6 +25,7 @@ class Admission:
       missing: absent; to be copied into `missing_slots` before the step computes.
       missing_slots: one slot for each of `missing`.
       staged: of `missing`, those that only pass through, with their slots; the table does not remember them.
+      left: absent too, and somebody else's to see to: they get no slot.
     """
 
     hits: int
@@ -33,6 +34,7 @@ class Admission:
     missing_slots: list[int]
     staged: list[tuple[int, int]]
     foreseen: int = 0
+    left: Sequence[int] = ()
 
 
 class Residency:
@@ -99,12 +101,18 @@ class Residency:
         """Keys that have a slot and wait for their block."""
         return list(self._in_flight)
 
-    def admit(self, layer: int, rows: Sequence[Sequence[int]]) -> Admission:
+    def absent(self, layer: int, needed: Sequence[int]) -> list[int]:
+        """Of the distinct experts `needed`, those that are neither in a slot nor on their way."""
+        row, in_flight = self._rows[layer], self._in_flight
+        return [expert for expert in needed if row[expert] < 0 and (layer, expert) not in in_flight]
+
+    def admit(self, layer: int, rows: Sequence[Sequence[int]], left: Sequence[int] = ()) -> Admission:
         """Make room for the experts that a decode step needs in `layer`.
 
         Args:
           layer: MoE layer.
           rows: the experts of each active sequence, distinct within a row.
+          left: of the absent ones, those that need no slot. The policy hears of them all the same.
 
         Returns:
           What to copy and where. A miss that finds no free slot and that the policy does not admit goes to the
@@ -126,11 +134,26 @@ class Residency:
         if self._in_flight:
             late = [expert for expert in missing if (layer, expert) in self._in_flight]
             missing = [expert for expert in missing if (layer, expert) not in self._in_flight]
-        if not missing:
-            return Admission(hits, late, missing, [], [], foreseen)
-        missing_slots: list[int] = []
-        staged: list[tuple[int, int]] = []
-        enter = self.policy.on_enter
+        if left:
+            missing = [expert for expert in missing if expert not in left]
+        admission = Admission(hits, late, missing, [], [], foreseen, left)
+        if missing:
+            self._place(layer, missing, needed, admission)
+        return admission
+
+    def admit_left(
+        self, layer: int, rows: Sequence[Sequence[int]], admission: Admission, experts: Sequence[int]
+    ) -> None:
+        """Make room after all for some `experts` that `admission`, of the same layer and rows, has left: they are
+        missing now, and their slots come last."""
+        needed = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        admission.left = [expert for expert in admission.left if expert not in experts]
+        admission.missing = [*admission.missing, *experts]
+        self._place(layer, experts, needed, admission)
+
+    def _place(self, layer: int, missing: Sequence[int], needed: Sequence[int], admission: Admission) -> None:
+        """Find a slot for each of `missing`, in the cache or in the staging ring."""
+        row, enter, staged = self._rows[layer], self.policy.on_enter, admission.staged
         for expert, slot in zip(missing, self._room(layer, missing, needed), strict=True):
             if slot is None:
                 slot = self.cache_slots + len(staged)
@@ -138,10 +161,9 @@ class Residency:
             else:
                 row[expert] = slot
                 enter(layer, expert)
-            missing_slots.append(slot)
+            admission.missing_slots.append(slot)
         if len(staged) > self.staging_slots:
             raise ValueError(f"{len(staged)} experts must pass through {self.staging_slots} staging slots at once")
-        return Admission(hits, late, missing, missing_slots, staged, foreseen)
 
     def note(self, layer: int, rows: Sequence[Sequence[int]]) -> int:
         """A decode step used the experts `rows` of a layer, all of them resident; returns how many distinct ones."""

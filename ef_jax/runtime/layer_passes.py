@@ -1,6 +1,7 @@
 """The passes of an engine: layer after layer, with experts served from slots as the routers ask for them."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from ef_jax.prefetching import NO_PREFETCHING, Prefetching
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.look_ahead import LookAhead
 from ef_jax.runtime.lookout import Lookout
+from ef_jax.runtime.miss_handlers import MissError, MissHandler
 from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.recorder import Listener
 from ef_jax.runtime.routing_paths import RoutingPaths
@@ -56,11 +58,12 @@ class LayerPasses:
         candidates: str = "value",
         most_wasted: float = 1.0,
         order: Order = "auto",
+        miss_handlers: Sequence[MissHandler] = (),
         lossy: LossyOptions = LOSSLESS,
     ) -> None:
         self.spec, self.plan, self.link, self.device = spec, plan, link, device
         self.lookout = Lookout(spec, programs, look_ahead)
-        self.routing_paths, self.order = routing_paths, order
+        self.routing_paths, self.order, self.miss_handlers = routing_paths, order, miss_handlers
         self._off_because = prefetching.off_because
         self.stats = Stats.empty(
             layers=len(spec.moe_layers),
@@ -156,22 +159,49 @@ class LayerPasses:
             # JAX's: a copy that nobody waited for may have failed, and what reads it fails too.
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)
-        admission = scheduler.ask(index, self._by_age(rows), bins)
-        if not (admission.missing or admission.late):
+        kept = self._offer(index, rows) if self.miss_handlers else ()
+        left = [expert for _, experts in kept for expert in experts]
+        admission = scheduler.ask(index, self._by_age(rows), bins, left=left)
+        if not (admission.missing or admission.late or left):
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
-        if not run_there_first(self.order, admission, link):
+        first = run_there_first(self.order, admission, link)
+        if not (first or left):
             scheduler.complete(admission)
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
-        coming = [*admission.missing, *admission.late]
-        there = residency.slot_row(index, admission)
-        there[coming] = -1
-        began = time.perf_counter()
-        outputs = self.lookout.running.there()(routed, link.pool.array, there, outputs)
-        self._note(COMPUTE, f"layer {index}, resident rows", began)
+        done = residency.slot_row(index, admission)
+        done[[*admission.missing, *admission.late] if first else slice(None)] = -1
+        if first:
+            began = time.perf_counter()
+            outputs = self.lookout.running.there()(routed, link.pool.array, done, outputs)
+            self._note(COMPUTE, f"layer {index}, resident rows", began)
+        outputs, failed = self._run_kept(index, routed, kept, outputs)
         scheduler.complete(admission)
-        rest = np.full_like(there, -1)
-        rest[coming] = residency.slot_row(index, admission)[coming]
+        if failed:
+            scheduler.fetch_left(self._by_age(rows), admission, failed)
+        rest = residency.slot_row(index, admission)
+        rest[done >= 0] = -1
         return routed, link.pool.array, rest, outputs
+
+    def _offer(self, index: int, rows: list[list[int]]) -> list[tuple[MissHandler, list[int]]]:
+        """Which handler keeps which absent experts of a layer."""
+        kept, absent = [], self.scheduler.absent(index, rows)
+        for handler in self.miss_handlers:
+            if absent and (experts := handler.keep(index, rows, absent)):
+                kept.append((handler, experts))
+                absent = [expert for expert in absent if expert not in experts]
+        return kept
+
+    def _run_kept(self, index, routed, kept, outputs):  # type: ignore[no-untyped-def]
+        """Have handlers see to what they kept: the outputs, and the experts that must be copied after all."""
+        failed: list[int] = []
+        for handler, experts in kept:
+            began = time.perf_counter()
+            try:
+                outputs = handler.run(index, routed, experts, outputs)
+            except MissError:
+                failed += experts
+            self._note(COMPUTE, f"layer {index}, experts {experts} by {type(handler).__name__}", began)
+        return outputs, failed
 
     def _serve_prompt(self, wave, absorb, index: int, carried):  # type: ignore[no-untyped-def]
         """Outputs of every routed row of MoE layer `index`, wave by wave; a trained predictor hears of its routes."""

@@ -99,6 +99,7 @@ class Prefetcher(Generic[Blocks]):
         """A layer uses the distinct experts `needed`: learn from what was there of them."""
         late, missing, foreseen = len(admission.late), len(admission.missing), admission.foreseen
         self._demanded += missing
+        missing += len(admission.left)  # to have them in time would have been as good
         wasted = self._residency.wasted[layer]
         self.horizons.need.fetched(layer, foreseen + late + missing)
         self.horizons.served(layer, late + missing, self._value.full, wasted - self._wasted[layer])

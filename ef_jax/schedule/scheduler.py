@@ -79,7 +79,7 @@ class Scheduler(Generic[Blocks]):
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
-        self._unsure = self._resting = False
+        self._unsure = self._resting = self._gated = False
         self._off_because = self._reason_to_be_off(prefetch)
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
@@ -155,6 +155,7 @@ class Scheduler(Generic[Blocks]):
           paths: what the tokens are predicted to use in all layers, see `Predictor.on_paths`.
           following: the same of the tokens of the next step, where they are known already.
         """
+        self._gated = False
         self._make_sure()
         self.residency.policy.on_step(tokens)
         if self._trial is not None:
@@ -189,8 +190,19 @@ class Scheduler(Generic[Blocks]):
         self.complete(admission)
         return admission
 
+    def absent(self, layer: int, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Of the experts that a layer of a step needs, those that would have to be copied; `ask` is to follow."""
+        self._gate()
+        self._gated = True
+        return self.residency.absent(layer, distinct(rows))
+
     def ask(
-        self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None = None
+        self,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        ahead: UInt8[np.ndarray, "distances E"] | None = None,
+        *,
+        left: Sequence[int] = (),
     ) -> Admission:
         """Start what one layer of a decode step needs, and after it the prefetches for coming layers; never waits.
 
@@ -198,6 +210,7 @@ class Scheduler(Generic[Blocks]):
           layer: MoE layer.
           rows: the experts of each active sequence, in batch order and in the router's order.
           ahead: what the pre-gate sees from this layer, see `Predictor.on_ahead`.
+          left: of what `absent` has told, the experts that are not to be copied.
 
         Returns:
           Where the experts are, or will be after `complete`, which has to follow before the next `ask` unless nothing
@@ -205,11 +218,12 @@ class Scheduler(Generic[Blocks]):
         """
         link, prefetcher, phase = self.link, self._prefetcher, self.stats.decode
         self._layer = layer
-        if prefetcher is not None:
-            prefetcher.gate()
-            self._count_prefetches(prefetcher.begun)
+        if self._gated:
+            self._gated = False
+        else:
+            self._gate()
         self._unsure = True
-        admission = self.residency.admit(layer, rows)
+        admission = self.residency.admit(layer, rows, left)
         self._unsure = bool(admission.missing or admission.late)
         phase.hits[layer] += admission.hits
         phase.late_hits[layer] += len(admission.late)
@@ -226,6 +240,19 @@ class Scheduler(Generic[Blocks]):
                 prefetcher.served(layer, needed, admission)
                 self._plan(layer, needed)
         return admission
+
+    def fetch_left(self, rows: Sequence[Sequence[int]], admission: Admission, experts: Sequence[int]) -> None:
+        """Copy after all some `experts` that the last `ask`, for these `rows`, was told to leave; `complete` has
+        followed it."""
+        link, phase = self.link, self.stats.decode
+        self._unsure = True
+        self.residency.admit_left(self._layer, rows, admission, experts)
+        spent = link.seconds
+        link.finish(link.start(self._layer, experts), admission.missing_slots[-len(experts) :])
+        self._unsure = False
+        phase.stall_seconds += link.seconds - spent
+        phase.misses[self._layer] += len(experts)
+        phase.bytes_demand += len(experts) * self._block_bytes
 
     def complete(self, admission: Admission) -> None:
         """Wait until all that the last `ask` answered is in its slots."""
@@ -302,6 +329,12 @@ class Scheduler(Generic[Blocks]):
             self.residency.cancel(*key)
         self.residency.clear()
         self._pending, self._unsure = None, False
+
+    def _gate(self) -> None:
+        """A layer is about to ask."""
+        if self._prefetcher is not None:
+            self._prefetcher.gate()
+            self._count_prefetches(self._prefetcher.begun)
 
     def _foresee(
         self,

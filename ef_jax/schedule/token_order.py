@@ -31,7 +31,7 @@ def run_there_first(order: Order, admission: Admission, link: Link[Any]) -> bool
     """Whether the rows of resident experts run while the others' blocks come.
 
     "auto": where the link says how long a block takes and what is on its way will be waited for longer than the
-    additional dispatch takes. Never where nothing is resident.
+    additional dispatch takes; what is seen to otherwise counts as if it were. Never where nothing is resident.
     """
     if order == "together" or not admission.hits:
         return False
@@ -39,5 +39,5 @@ def run_there_first(order: Order, admission: Admission, link: Link[Any]) -> bool
         return True
     if not isinstance(link, PrefetchLink):
         return False
-    coming = len(admission.missing) + len(admission.late)
+    coming = len(admission.missing) + len(admission.late) + len(admission.left)
     return coming * link.pace.block_seconds > _WORTH_A_DISPATCH
