@@ -1,7 +1,9 @@
 """From a path and a budget to a running model."""
 
+import dataclasses
 import importlib.resources
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,15 +42,13 @@ from ef_jax.schedule.waste import check_most_wasted
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
+from ef_jax.weights.quantized import QuantizedCheckpoint
 
 _LOG = logging.getLogger("ef_jax")
 
 _NOT_YET = {
-    "lossy_adaptive_experts",
-    "lossy_cache_bias",
     "lossy_skip",
     "lossy_low_precision_miss",
-    "lossy_quantize",
 }
 
 
@@ -145,8 +145,12 @@ def load(
     for name in _NOT_YET & (lossy.as_dict() or {}).keys():
         raise UnsupportedError(f"{name} does not work yet: leave it out")
     device = device or jax.devices()[0]
-    with open_checkpoint(bundled_model() if path is None else path, dtype) as checkpoint:
+    with open_checkpoint(bundled_model() if path is None else path, dtype) as stored:
+        checkpoint = stored if lossy.quantize is None else QuantizedCheckpoint(stored, lossy.quantize)
         spec = checkpoint.spec
+        lossy.check(spec)
+        if spec.experts.quantization in ("int8", "int4"):
+            lossy = dataclasses.replace(lossy, quantize=spec.block_dtype)
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
         request = make_request(
@@ -183,6 +187,7 @@ def load(
             look_ahead=look,
             routing_path=None if paths is None else paths.spec,
             prefetches=prefetches,
+            lossy=lossy,
         )
         check_host_pool(spec, device.platform)
         _LOG.info("%s", plan)
@@ -190,7 +195,7 @@ def load(
             on_plan(plan)
         with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
             dense = DenseWeights.load(checkpoint, device, advance=bar.update)
-            store = HostStore.load(checkpoint, device, advance=bar.update)
+            store = HostStore.load(checkpoint, device, advance=bar.update, threads=min(8, max(2, os.cpu_count() or 1)))
     pool_slots = plan.slots + plan.staging_slots
     device_link: DeviceLink
     if mode == "async" and emulated is None:
