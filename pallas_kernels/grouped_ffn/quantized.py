@@ -10,8 +10,10 @@ gets two tiles of weights from a tile of bytes without a shuffle.
 | int8 | two's complement, -127 to 127 | float32, one an output channel |
 | int4 | two's complement, -7 to 7 | bfloat16, one a group |
 | mxfp4 | E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives | E8M0: 2^(byte - 127), one for 32 weights |
+| fp8 | E4M3 (`fp8.py`) | float32, one for each 128 x 128 of a matrix |
 
-mxfp4 is the OCP Microscaling format, in which gpt-oss ships; storing such a checkpoint so loses nothing.
+mxfp4 is the OCP Microscaling format, in which gpt-oss ships, and fp8 is what DeepSeek-V3 and others ship in; storing
+such a checkpoint so loses nothing.
 """
 
 from dataclasses import dataclass, field
@@ -21,11 +23,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-Format = Literal["int8", "int4", "mxfp4"]
+from pallas_kernels.grouped_ffn.fp8 import FP8_BLOCK, decode_e4m3, encode_e4m3, scale_of_each, scales_shape
 
-FORMATS: tuple[Format, ...] = ("int8", "int4", "mxfp4")
+Format = Literal["int8", "int4", "mxfp4", "fp8"]
+
+FORMATS: tuple[Format, ...] = ("int8", "int4", "mxfp4", "fp8")
 MXFP4_GROUP = 32
-_SCALE_DTYPES = {"int8": "float32", "int4": "bfloat16", "mxfp4": "uint8"}
+_SCALE_DTYPES = {"int8": "float32", "int4": "bfloat16", "mxfp4": "uint8", "fp8": "float32"}
 
 
 @jax.tree_util.register_dataclass
@@ -34,9 +38,9 @@ class QuantizedPool:
     """Quantized expert blocks: a pytree of three arrays, of a slot pool or of any stack of blocks.
 
     Attributes:
-      values: `[S, 3, F, D]` int8, or `[S, 3, F, D/2]` uint8 of the 4-bit formats.
-      gate_up_scales: `[S, 2, F, D / group]`; the group of int8 is all of D.
-      down_scales: `[S, F / group, D]`; the group of int8 is all of F.
+      values: `[S, 3, F, D]` int8, or uint8 of fp8, or `[S, 3, F, D/2]` uint8 of the 4-bit formats.
+      gate_up_scales: `[S, 2, F, D / group]`; the group of int8 is all of D. Of fp8 `[S, 2, F / 128, D / 128]`.
+      down_scales: `[S, F / group, D]`; the group of int8 is all of F. Of fp8 `[S, F / 128, D / 128]`.
       format: of weights and scales, one of `FORMATS`.
     """
 
@@ -49,13 +53,20 @@ class QuantizedPool:
     def shape(self) -> tuple[int, int, int, int]:
         """`(S, 3, F, D)` of the weights that it stands for."""
         slots, parts, width, stored = self.values.shape
-        return slots, parts, width, stored * (1 if self.format == "int8" else 2)
+        return slots, parts, width, stored * (2 if is_packed(self.format) else 1)
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Weights that share a scale, of gate and up and of down."""
+        """Weights that share a scale along the axis that is summed over, of gate and up and of down."""
+        if self.format == "fp8":
+            return FP8_BLOCK, FP8_BLOCK
         _, _, width, hidden = self.shape
         return hidden // self.gate_up_scales.shape[-1], width // self.down_scales.shape[-2]
+
+
+def is_packed(format: str) -> bool:
+    """Whether a byte holds two weights."""
+    return format in ("int4", "mxfp4")
 
 
 def check_quantized(pool: QuantizedPool) -> None:
@@ -72,6 +83,9 @@ def check_quantized(pool: QuantizedPool) -> None:
     if pool.values.dtype != dtype:
         raise ValueError(f"{pool.format} values must be {dtype.__name__}, got {pool.values.dtype}")
     slots, _, width, hidden = pool.shape
+    if pool.format == "fp8":
+        _check_fp8_scales(pool)
+        return
     for name, scales, lead, contract in (
         ("gate_up_scales", pool.gate_up_scales, (slots, 2, width), hidden),
         ("down_scales", pool.down_scales, (slots, hidden), width),
@@ -85,6 +99,16 @@ def check_quantized(pool: QuantizedPool) -> None:
             raise ValueError(f"{name} of {pool.format} must be {_SCALE_DTYPES[pool.format]}, got {scales.dtype}")
     if pool.format == "mxfp4" and pool.groups != (MXFP4_GROUP, MXFP4_GROUP):
         raise ValueError(f"mxfp4 has a scale for {MXFP4_GROUP} weights, got groups of {pool.groups}")
+
+
+def _check_fp8_scales(pool: QuantizedPool) -> None:
+    slots, _, width, hidden = pool.shape
+    of_matrix = scales_shape(width, hidden)
+    wanted = {"gate_up_scales": (slots, 2, *of_matrix), "down_scales": (slots, *of_matrix)}
+    for name, shape in wanted.items():
+        scales = getattr(pool, name)
+        if scales.shape != shape or scales.dtype != jnp.float32:
+            raise ValueError(f"{name} of fp8 must be float32 {list(shape)}, got {scales.dtype} {list(scales.shape)}")
 
 
 def decode_halves(stored: UInt8[Array, "*shape"], format: Format) -> tuple[jax.Array, jax.Array]:
@@ -106,6 +130,10 @@ def decode_scales(scales: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def dequantize(pool: QuantizedPool) -> Float[Array, "S 3 F D"]:
     """The float32 weights that `pool` stands for: `weight * scale`, exactly, but for the product's rounding."""
+    if pool.format == "fp8":
+        _, _, width, hidden = pool.shape
+        scales = jnp.concatenate([pool.gate_up_scales, pool.down_scales[:, None]], axis=1)
+        return decode_e4m3(pool.values) * scale_of_each(scales, width, hidden)
     if pool.format == "int8":
         weights = pool.values.astype(jnp.float32)
     else:
@@ -124,7 +152,7 @@ def lossy_quantize(blocks: Float[Array, "S 3 F D"], format: Format, *, group: in
     Args:
       blocks: any float dtype.
       format: one of `FORMATS`.
-      group: weights that share a scale, of int4; divides D/2 and F. mxfp4 has 32, int8 one scale a channel.
+      group: weights that share a scale, of int4; divides D/2 and F. The other formats leave no choice.
 
     Raises:
       ValueError: the group does not divide the sizes.
@@ -133,6 +161,9 @@ def lossy_quantize(blocks: Float[Array, "S 3 F D"], format: Format, *, group: in
         raise ValueError(f"quantized format {format!r} is not one of {', '.join(FORMATS)}")
     wide = jnp.asarray(blocks).astype(jnp.float32)
     slots, _, width, hidden = wide.shape
+    if format == "fp8":
+        values, scales = encode_e4m3(wide)
+        return QuantizedPool(values=values, gate_up_scales=scales[:, :2], down_scales=scales[:, 2], format=format)
     if format == "int8":
         in_groups = (hidden, width)
     else:

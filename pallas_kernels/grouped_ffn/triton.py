@@ -10,6 +10,7 @@ from pallas_kernels.grouped_ffn.backend import Backend
 from pallas_kernels.grouped_ffn.biases import ExpertBiases
 from pallas_kernels.grouped_ffn.kernel_activations import kernel_activation
 from pallas_kernels.grouped_ffn.problem import Problem
+from pallas_kernels.grouped_ffn.quantized import is_packed
 from pallas_kernels.grouped_ffn.storage import Pool
 from pallas_kernels.grouped_ffn.tiles import Operation
 from pallas_kernels.grouped_ffn.triton_tiles import candidates, tile_height, tiles_for
@@ -29,7 +30,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"it has no kernel for rows of {problem.dtype}"
     if problem.tile_rows > _TALLEST:
         return f"its tiles have at most {_TALLEST} rows, tile_rows is {problem.tile_rows}"
-    stored = problem.slots * 3 * problem.contract * problem.width // (1 if problem.storage == "int8" else 2)
+    stored = problem.slots * 3 * problem.contract * problem.width // (2 if is_packed(problem.storage) else 1)
     if problem.storage != "dense" and 2**31 < stored <= 2**32:
         # Pallas counts places in 32 bits, signed, up to arrays of 2^32 bytes.
         return f"jax miscounts the places of 8-bit arrays from 2 to 4 GiB, the pool's values have {stored} bytes"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pallas_kernels.grouped_ffn.problem import Problem
+from pallas_kernels.grouped_ffn.quantized import is_packed
 from pallas_kernels.grouped_ffn.tiles import Operation, Tiles, settle_tiles
 
 # A tile of no more rows waits for the weights it reads; a higher one, for its multiplications.
@@ -58,7 +59,7 @@ def tiles_for(operation: Operation, problem: Problem) -> TritonTiles:
 def heuristic(operation: Operation, problem: Problem) -> TritonTiles:
     """Tiles by rule: narrow, with much in flight, where rows are few; as of a dense matmul where they are many."""
     height, sums = tile_height(problem), _sums(operation, problem)
-    packed, quantized = problem.storage in ("int4", "mxfp4"), problem.storage != "dense"
+    packed, quantized = is_packed(problem.storage), problem.storage != "dense"
     if operation == "outer":
         columns, depth, warps = (64, 32, 4) if problem.dtype.itemsize == 4 else (128, 64, 8)
     elif problem.dtype.itemsize == 4:  # multiplied without matrix instructions, out of registers
@@ -88,12 +89,12 @@ def candidates(operation: Operation, problem: Problem) -> Sequence[Tiles]:
 
 def _sums(operation: Operation, problem: Problem) -> int:
     """Sums that a program keeps: of gate and up, or of the two columns in a byte."""
-    return 2 if operation == "gate_up" or problem.storage in ("int4", "mxfp4") else 1
+    return 2 if operation == "gate_up" or is_packed(problem.storage) else 1
 
 
 def _fitted(operation: Operation, problem: Problem, columns: int, depth: int, warps: int) -> TritonTiles:
     """Those sizes, made smaller for small problems, with as many stages as shared memory holds."""
-    halves = 2 if problem.storage in ("int4", "mxfp4") else 1
+    halves = 2 if is_packed(problem.storage) else 1
     hidden, width = problem.contract, problem.width
     if operation == "gate_up":
         along, across = hidden // halves, width
@@ -116,7 +117,7 @@ def _step_bytes(operation: Operation, problem: Problem, columns: int, depth: int
     size, stored = problem.dtype.itemsize, problem.dtype.itemsize if problem.storage == "dense" else 1
     if operation == "outer":
         return 2 * columns * depth * size
-    packed = problem.storage in ("int4", "mxfp4")
+    packed = is_packed(problem.storage)
     lefts = 2 if packed and operation != "down" else 1
     return depth * (lefts * tile_height(problem) * size + (2 if operation == "gate_up" else 1) * columns * stored)
 

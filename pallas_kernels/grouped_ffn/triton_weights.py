@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.grouped_ffn.quantized import Format, decode_halves, decode_scales
+from pallas_kernels.grouped_ffn.fp8 import FP8_BLOCK, decode_e4m3
+from pallas_kernels.grouped_ffn.quantized import Format, decode_halves, decode_scales, is_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class Weights:
     @property
     def packed(self) -> bool:
         """Whether an element holds two weights."""
-        return self.format in ("int4", "mxfp4")
+        return self.format is not None and is_packed(self.format)
 
     def _scaled_after(self, part: int) -> bool:
         """Whether a part's scales belong to the columns of the result, so that sums are scaled instead of weights."""
@@ -107,6 +108,8 @@ class Weights:
             return (stored,)
         if self._scaled_after(part):
             return (stored.astype(dtype),)
+        if self.format == "fp8":
+            return ((decode_e4m3(stored) * self._scales_of_blocks(slot, part, rows, columns)).astype(dtype),)
         wide = (stored.astype(jnp.float32),) if self.format == "int8" else decode_halves(stored, self.format)
         return tuple(
             (half * self._scales(slot, part, rows, columns.moved(number * columns.limit))).astype(dtype)
@@ -120,20 +123,34 @@ class Weights:
             return _scales_of_tile(gate_up_ref, (slot, jnp.int32(part)), rows, columns, 1, self.groups[0])
         return _scales_of_tile(down_ref, (slot,), rows, columns, 0, self.groups[1])
 
+    def _scales_of_blocks(self, slot: Any, part: int, rows: Span, columns: Span) -> jax.Array:
+        """The same of fp8, whose scales are shared along both axes."""
+        gate_up_ref, down_ref = self.scales or (None, None)
+        ref, lead = (gate_up_ref, (slot, jnp.int32(part))) if part < 2 else (down_ref, (slot,))
+        blocks = _shared(rows, FP8_BLOCK), _shared(columns, FP8_BLOCK)
+        if blocks[0] is None or blocks[1] is None:
+            raise ValueError(f"tiles of {rows.size} x {columns.size} do not fit blocks of {FP8_BLOCK} x {FP8_BLOCK}")
+        return _spread(_spread(load(ref, lead, *blocks), 0, FP8_BLOCK), 1, FP8_BLOCK)
+
 
 def _scales_of_tile(
     ref: Any, lead: tuple[Any, ...], rows: Span, columns: Span, axis: int, group: int
 ) -> Float[Array, "_ _"]:
     """A tile's scales out of `ref[*lead, rows, columns]`, which has one for `group` weights along the axis."""
-    shape = [rows.size, columns.size]
     few = _shared((rows, columns)[axis], group)
     if few is None:
         return _scale_of_each(ref, lead, rows, columns, axis, group)
-    scales = decode_scales(load(ref, lead, *((few, columns) if axis == 0 else (rows, few))))
-    if few.size == 1:
+    return _spread(decode_scales(load(ref, lead, *((few, columns) if axis == 0 else (rows, few)))), axis, group)
+
+
+def _spread(scales: Float[Array, "_ _"], axis: int, group: int) -> Float[Array, "_ _"]:
+    """Each scale `group` times along an axis, unless there is only one."""
+    count = scales.shape[axis]
+    if count == 1:
         return scales
-    spread = [*shape[:axis], few.size, group, *shape[axis + 1 :]]
-    return jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), spread).reshape(shape)
+    shape = [*scales.shape[:axis], count, group, *scales.shape[axis + 1 :]]
+    spread = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), shape)
+    return spread.reshape(*scales.shape[:axis], count * group, *scales.shape[axis + 1 :])
 
 
 def _shared(span: Span, group: int) -> Span | None:

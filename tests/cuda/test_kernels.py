@@ -110,7 +110,7 @@ def test_every_backend_compiles(name: str, dtype: str, regime: str) -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("storage", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("storage", ["int8", "int4", "mxfp4", "fp8"])
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 def test_quantized_blocks_compile(name: str, storage: str, regime: str) -> None:
     check(name, REGIMES[regime], "bfloat16", storage)

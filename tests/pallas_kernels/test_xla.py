@@ -54,7 +54,7 @@ def test_blocks_in_parts(monkeypatch: pytest.MonkeyPatch, part_bytes: int, parts
     assert_close(one_each, ffn_f64(in_f64(x), in_f64(pool), [6], [33]), 1e-5)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [form for form in FORMATS if form != "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_quantized_blocks_in_parts(monkeypatch: pytest.MonkeyPatch, format: Format, dtype: str) -> None:
     """Parts hold whole groups of weights that share a scale: three of 32 here, or all of a channel of int8."""
