@@ -98,12 +98,12 @@ def insert_blocks(
         pool = jax.tree.map(
             lambda held, new, slot=slots[index]: jax.lax.dynamic_update_index_in_dim(held, new, slot, 0),
             pool,
-            _split(form, on_device),
+            split_block(form, on_device),
         )
     return pool
 
 
-def _split(form: BlockFormat, block: Shaped[Array, "*block"]) -> Shaped[Array, "_ _ _"] | dict[str, jax.Array]:
+def split_block(form: BlockFormat, block: Shaped[Array, "*block"]) -> Shaped[Array, "_ _ _"] | dict[str, jax.Array]:
     """A block that is several arrays, taken apart."""
     if len(form.parts) == 1:
         return block

@@ -56,7 +56,7 @@ def sort_rows(spec: ModelSpec, routed: Routed) -> SortedRows:
     order, sizes = expert_order(routed.ids, spec.experts.count)
     hidden = routed.h.reshape(-1, routed.h.shape[-1])
     rows = hidden[order // routed.ids.shape[-1]]
-    return SortedRows(_expert_inputs(spec, rows, routed.weights.reshape(-1)[order]), order, sizes)
+    return SortedRows(expert_inputs(spec, rows, routed.weights.reshape(-1)[order]), order, sizes)
 
 
 def output_weights(spec: ModelSpec, routed: Routed) -> Float[Array, "B T K"]:
@@ -64,7 +64,7 @@ def output_weights(spec: ModelSpec, routed: Routed) -> Float[Array, "B T K"]:
     return jnp.ones_like(routed.weights) if spec.experts.scale_input else routed.weights
 
 
-def _expert_inputs(spec: ModelSpec, rows: Float[Array, "M D"], weights: Float[Array, " M"]) -> Float[Array, "M D"]:
+def expert_inputs(spec: ModelSpec, rows: Float[Array, "M D"], weights: Float[Array, " M"]) -> Float[Array, "M D"]:
     if not spec.experts.scale_input:
         return rows
     # Rounded before an expert reads them, in every program alike: XLA may leave out a conversion, but not this.
@@ -103,7 +103,7 @@ def run_experts(
         if _single(routed):
             ids = routed.ids.reshape(-1)
             x = jnp.broadcast_to(routed.h.reshape(1, -1), (ids.shape[0], routed.h.shape[-1]))
-            x = _expert_inputs(spec, x, routed.weights.reshape(-1))
+            x = expert_inputs(spec, x, routed.weights.reshape(-1))
             return run(x, weights, jnp.where(ids < 0, -1, slot_row[ids]), None)
         rows = sort_rows(spec, routed)
         return run(rows.rows, weights, slot_row, rows.sizes)
