@@ -19,11 +19,58 @@ class PhaseStats:
     link_busy_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    low_precision: list[int] = dataclasses.field(default_factory=list)
+    bytes_low_precision: int = 0
 
     @classmethod
     def empty(cls, layers: int) -> "PhaseStats":
         """Zeros for a model with `layers` MoE layers."""
-        return cls(hits=[0] * layers, late_hits=[0] * layers, misses=[0] * layers)
+        counts = ("hits", "late_hits", "misses", "skipped", "low_precision")
+        return cls(**{name: [0] * layers for name in counts})
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes over the link, of every kind."""
+        return self.bytes_demand + self.bytes_prefetch + self.bytes_low_precision
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DiskStats:
+    """Counts of a host pool that holds part of the blocks, both phases together.
+
+    A hit, late hit or miss is one block that the link asks for: in host memory, on its way there, or only on disk.
+    `bytes_read` were read because the link asked, `bytes_ahead` because a prediction said that it would; `bytes_wasted`
+    of these left the pool unused. `stall_seconds` were spent in waiting for reads. `buffers_made` blocks were for a
+    while one more than the plan has memory for. `horizon` says how far ahead each layer's blocks are read and why.
+    """
+
+    places: int = 0
+    hits: int = 0
+    late_hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_ahead: int = 0
+    bytes_wasted: int = 0
+    stall_seconds: float = 0.0
+    buffers_made: int = 0
+    horizon: dict[str, Any] | None = None
+
+    def reset(self) -> None:
+        """Back to zero; the pool keeps its places."""
+        for field in dataclasses.fields(self):
+            if field.name != "places":
+                setattr(self, field.name, field.default)
+
+    def line(self) -> str:
+        """One line to read."""
+        asked = self.hits + self.late_hits + self.misses
+        share = 100 * self.hits / asked if asked else 0.0
+        return (
+            f"disk: {asked} blocks asked of {self.places} places in host memory, {share:.1f} % there; "
+            f"{(self.bytes_read + self.bytes_ahead) / 1e6:.1f} MB read, {self.bytes_ahead / 1e6:.1f} MB of them ahead "
+            f"and {self.bytes_wasted / 1e6:.1f} MB in vain; waited {self.stall_seconds:.2f} s"
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -35,12 +82,16 @@ class Stats:
     the share of a copy that a device hides or waits for on its own is not in it. `peak_device_bytes` is the largest
     sum of live arrays in device memory seen at the end of a phase, plus the temporary bytes of the largest program.
 
+    Absent experts that a lossy option leaves out are counted as `skipped`, those that it fetches in 4 bits as
+    `low_precision`, and neither as misses; `bytes_demand` leaves out `bytes_low_precision`.
+
     A late hit is one whose block was on its way and had to be waited for. `bytes_wasted` are those of blocks that were
     prefetched and left their slots unused. Replays on a simulated link count virtual seconds, waiting of every kind as
     `stall_seconds`, and how long the link was busy; the engine leaves `link_busy_seconds` at 0.
 
     `horizon` says how far ahead each layer is prefetched for and why, `recall` how good the predictions were, both as
-    of the end of the last run; None where nothing is prefetched or predicted. `lossy` are the options that may change
+    of the end of the last run; None where nothing is prefetched or predicted. `disk` is None where host memory holds
+    every block. `lossy` are the options that may change
     results, by their names in `load`; None where results are the model's own.
     """
 
@@ -53,6 +104,7 @@ class Stats:
     peak_device_bytes: int = 0
     horizon: dict[str, Any] | None = None
     recall: dict[str, Any] | None = None
+    disk: DiskStats | None = None
     lossy: dict[str, Any] | None = None
 
     @classmethod
@@ -75,6 +127,8 @@ class Stats:
         self.prefill, self.decode = PhaseStats.empty(self.layers), PhaseStats.empty(self.layers)
         self.peak_device_bytes = 0
         self.horizon = self.recall = None
+        if self.disk is not None:
+            self.disk.reset()
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,6 +147,7 @@ class Stats:
             name: sum(getattr(phase, name) for phase in phases)
             for name in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds", "link_busy_seconds")
         }
+        light = {name: sum(getattr(self.decode, name)) for name in ("skipped", "low_precision")}
         by_layer = {
             name: [a + b for a, b in zip(getattr(self.prefill, name), getattr(self.decode, name), strict=True)]
             for name in ("hits", "late_hits", "misses")
@@ -102,7 +157,9 @@ class Stats:
             "decode_seconds": self.decode.seconds,
             "tokens_per_second": self.tokens_per_second,
             **{name: sum(values) for name, values in by_layer.items()},
+            **light,
             **total,
+            "bytes_low_precision": self.decode.bytes_low_precision,
             "link_utilisation": self.link_utilisation,
             "peak_device_bytes": self.peak_device_bytes,
             "slots": self.slots,
@@ -111,6 +168,7 @@ class Stats:
             **{f"{name}_by_layer": values for name, values in by_layer.items()},
             "horizon": self.horizon,
             "recall": self.recall,
+            "disk": None if self.disk is None else dataclasses.asdict(self.disk),
             "lossy": self.lossy,
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
@@ -133,7 +191,7 @@ class Stats:
             hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses)
             rate = phase.tokens / phase.seconds if phase.seconds else 0.0
             share = 100 * hits / (hits + misses) if hits + misses else 0.0
-            moved = (phase.bytes_demand + phase.bytes_prefetch) / 1e6
+            moved = phase.bytes_moved / 1e6
             lines.append(
                 f"{name:8} {phase.tokens:7d} {phase.seconds:8.2f} {rate:8.1f} {hits:8d} {misses:8d} {share:6.1f} "
                 f"{moved:9.1f} {phase.stall_seconds:8.2f}"
@@ -144,12 +202,19 @@ class Stats:
                 f"prefetched {ahead.bytes_prefetch / 1e6:.1f} MB, {ahead.bytes_wasted / 1e6:.1f} MB of them wasted; "
                 f"{sum(ahead.late_hits)} hits were late"
             )
+        if self.disk is not None:
+            lines.append(self.disk.line())
         if ahead.link_busy_seconds:
             lines.append(f"link busy for {100 * self.link_utilisation:.1f} % of the decode time")
         lines.append(
             f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
             f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"
         )
+        if skipped := sum(ahead.skipped):
+            lines.append(f"{skipped} absent experts of little weight were left out")
+        if low := sum(ahead.low_precision):
+            moved = ahead.bytes_low_precision / 1e6
+            lines.append(f"{low} absent experts of little weight came in 4 bits, {moved:.1f} MB")
         if self.lossy is not None:
             lines.append(f"lossy: {lossy_text(self.lossy)}")
         return "\n".join(lines)

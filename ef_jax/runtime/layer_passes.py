@@ -85,6 +85,7 @@ class LayerPasses:
         self._fed: tuple[list[int], jax.Array] | None = None  # tokens as the last head left them, and their rows
         self._age_order: list[int] | None = None  # places of a step's sequences, the oldest first; None: as they stand
         self._resting = True
+        self._drops, self._lifts = lossy.adaptive_experts is not None, lossy.cache_bias is not None
         dtype, chosen = jnp.dtype(spec.dtype), plan.batch * spec.experts.top_k
         self._last = jnp.zeros((plan.batch, spec.hidden), dtype, device=self._rows.sharding)
         self._no_outputs = jnp.zeros((chosen, spec.hidden), dtype, device=self._rows.sharding)
@@ -111,6 +112,7 @@ class LayerPasses:
         layers, finish = self._dense.layers, self._dense.finish
         before, *others = self._step_layers if width == 1 else self._prompt_layers
         run = lookout.running.layers(width, span)
+        lifts = self._lifts and width == 1
         if self.recorder is not None:
             of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
             serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
@@ -123,6 +125,7 @@ class LayerPasses:
             reaches[before],
             (positions, index),
             *lookout.from_layer(before, width),
+            *(self._held(before) if lifts else ()),
         )
         lookout.hear(ahead)
         for program, layer in zip(run[1:], others, strict=True):
@@ -137,6 +140,7 @@ class LayerPasses:
                 reaches[layer],
                 places,
                 *lookout.from_layer(layer, width),
+                *(self._held(layer) if lifts else ()),
             )
             lookout.hear(ahead)
             before = layer
@@ -154,17 +158,22 @@ class LayerPasses:
             return routed, link.pool.array, residency.slot_of[index].copy(), outputs
         try:
             report = self.lookout.report(self.plan.batch)
-            rows, bins = (routed_rows(routed.ids), None) if report is None else (report.ids, report.bins)
+            if report is None:
+                rows, bins = routed_rows(routed.ids, dropping=self._drops), None
+            else:
+                rows, bins = report.ids, report.bins
+            weights = None if report is None else report.weights
         except RuntimeError as error:
             # JAX's: a copy that nobody waited for may have failed, and what reads it fails too.
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)
-        kept = self._offer(index, rows) if self.miss_handlers else ()
+        kept = self._offer(index, rows, weights) if self.miss_handlers else ()
         left = [expert for _, experts in kept for expert in experts]
         admission = scheduler.ask(index, self._by_age(rows), bins, left=left)
         if not (admission.missing or admission.late or left):
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
-        first = run_there_first(self.order, admission, link)
+        free = sum(len(experts) for handler, experts in kept if handler.free)
+        first = run_there_first(self.order, admission, link, free=free)
         if not (first or left):
             scheduler.complete(admission)
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
@@ -182,11 +191,13 @@ class LayerPasses:
         rest[done >= 0] = -1
         return routed, link.pool.array, rest, outputs
 
-    def _offer(self, index: int, rows: list[list[int]]) -> list[tuple[MissHandler, list[int]]]:
+    def _offer(
+        self, index: int, rows: list[list[int]], weights: list[list[float]] | None
+    ) -> list[tuple[MissHandler, list[int]]]:
         """Which handler keeps which absent experts of a layer."""
         kept, absent = [], self.scheduler.absent(index, rows)
         for handler in self.miss_handlers:
-            if absent and (experts := handler.keep(index, rows, absent)):
+            if absent and (experts := handler.keep(index, rows, absent, weights)):
                 kept.append((handler, experts))
                 absent = [expert for expert in absent if expert not in experts]
         return kept
@@ -198,6 +209,7 @@ class LayerPasses:
             began = time.perf_counter()
             try:
                 outputs = handler.run(index, routed, experts, outputs)
+                getattr(self.stats.decode, handler.counter)[index] += len(experts)
             except MissError:
                 failed += experts
             self._note(COMPUTE, f"layer {index}, experts {experts} by {type(handler).__name__}", began)
@@ -216,6 +228,11 @@ class LayerPasses:
             self._note(COMPUTE, f"prompt, wave of layer {index}", began)
         return routed, rows.order, outputs
 
+    def _held(self, layer: int) -> tuple[np.ndarray, ...]:
+        """Argument "held" of the program that ends in a decoder layer; none for a dense one."""
+        index = self._moe_index.get(layer)
+        return () if index is None else (self.residency.held(index),)
+
     def _by_age(self, rows: list[list[int]]) -> list[list[int]]:
         """What the sequences of a step chose, the oldest sequence first."""
         return rows if self._age_order is None else [rows[place] for place in self._age_order]
@@ -229,6 +246,8 @@ class LayerPasses:
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.lookout.programs.temp_bytes)
 
 
-def routed_rows(ids: Any) -> list[list[int]]:
-    """The experts of each active sequence of a step, `[B, 1, K]`; waits for them."""
-    return [row for row in np.asarray(ids)[:, 0].tolist() if row[0] >= 0]
+def routed_rows(ids: Any, *, dropping: bool = False) -> list[list[int]]:
+    """The experts of each active sequence of a step, `[B, 1, K]`, without -1 where a run is `dropping` some; waits for
+    them."""
+    rows = [row for row in np.asarray(ids)[:, 0].tolist() if row[0] >= 0]
+    return [[expert for expert in row if expert >= 0] for row in rows] if dropping else rows

@@ -14,15 +14,29 @@ class MissHandler(Protocol):
 
     What it keeps is not copied and gets no slot: in the layer's slot row it stays -1, so that the programs leave its
     rows of `outputs` as they are. Policies, predictors and traces hear of it as of any expert.
+
+    Attributes:
+      counter: the list of `PhaseStats` that counts the experts that it has seen to.
+      free: seeing to them takes no time, so there is nothing to run in the meantime.
     """
 
-    def keep(self, layer: int, rows: Sequence[Sequence[int]], absent: Sequence[int]) -> list[int]:
+    counter: str
+    free: bool
+
+    def keep(
+        self,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        absent: Sequence[int],
+        weights: Sequence[Sequence[float]] | None,
+    ) -> list[int]:
         """What it keeps of the distinct experts `absent`, a layer of a step at a time; never waits.
 
         Args:
           layer: MoE layer.
           rows: the experts of each active sequence in the order of their places, in the router's order.
           absent: what handlers before it have not kept, in the order of `rows`.
+          weights: the router's weight of each of `rows`; None where the programs do not report them.
         """
         ...
 

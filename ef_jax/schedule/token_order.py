@@ -27,17 +27,18 @@ def check_order(order: str) -> Order:
     raise InputError(f"order {order!r} is not one of {', '.join(get_args(Order))}")
 
 
-def run_there_first(order: Order, admission: Admission, link: Link[Any]) -> bool:
+def run_there_first(order: Order, admission: Admission, link: Link[Any], *, free: int = 0) -> bool:
     """Whether the rows of resident experts run while the others' blocks come.
 
     "auto": where the link says how long a block takes and what is on its way will be waited for longer than the
-    additional dispatch takes; what is seen to otherwise counts as if it were. Never where nothing is resident.
+    additional dispatch takes; what is seen to otherwise counts as if it were on its way. Never where nothing is
+    resident. `free` experts of those that are seen to otherwise take no time.
     """
-    if order == "together" or not admission.hits:
+    coming = len(admission.missing) + len(admission.late) + len(admission.left) - free
+    if order == "together" or not admission.hits or not coming:
         return False
     if order == "resident_first":
         return True
     if not isinstance(link, PrefetchLink):
         return False
-    coming = len(admission.missing) + len(admission.late) + len(admission.left)
     return coming * link.pace.block_seconds > _WORTH_A_DISPATCH
