@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, UnsupportedError
+from ef_jax.spec import ModelSpec
 
 _FORMATS = ("int8", "int4")
 _MOST_BIAS = 64.0  # whose power is far from the largest float32
@@ -46,6 +47,17 @@ class LossyOptions:
     def any(self) -> bool:
         """Whether anything may change."""
         return any(value is not None for value in dataclasses.asdict(self).values())
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses what a model has no use for.
+
+        Raises:
+          UnsupportedError: its tokens have one expert each, and experts are to be dropped.
+        """
+        if self.adaptive_experts is not None and spec.experts.top_k == 1:
+            raise UnsupportedError(
+                "lossy_adaptive_experts drops experts of a token, and this model's tokens have one each: leave it out"
+            )
 
     def as_dict(self) -> dict[str, Any] | None:
         """Those that are on, by the names that `load` has for them; None: none, the run is lossless."""

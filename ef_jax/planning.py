@@ -5,6 +5,7 @@ import functools
 import jax
 
 from ef_jax.errors import BudgetError, InputError
+from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.plan import (
     FixedBytes,
     MemoryPlan,
@@ -77,6 +78,7 @@ def plan_model(
     look_ahead: LookAheadSpec | None = None,
     routing_path: RoutingPathSpec | None = None,
     prefetches: bool = False,
+    lossy: LossyOptions = LOSSLESS,
 ) -> tuple[MemoryPlan, Programs]:
     """The memory plan, and the programs that it was measured on; allocates nothing but the executables.
 
@@ -122,6 +124,7 @@ def plan_model(
         sharding=jax.sharding.SingleDeviceSharding(device),
         kernels=kernels,
         look_ahead=look_ahead,
+        lossy=lossy,
     )
     while True:
         programs.compile_largest()

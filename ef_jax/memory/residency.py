@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from ef_jax.memory.policies import Key, Policy
 
@@ -105,6 +105,12 @@ class Residency:
         """Of the distinct experts `needed`, those that are neither in a slot nor on their way."""
         row, in_flight = self._rows[layer], self._in_flight
         return [expert for expert in needed if row[expert] < 0 and (layer, expert) not in in_flight]
+
+    def held(self, layer: int) -> Bool[np.ndarray, "E"]:
+        """Which experts of `layer` are in a slot or on their way; an array of its own."""
+        there: np.ndarray = self.slot_of[layer] >= 0
+        there[[expert for of, expert in self._in_flight if of == layer]] = True
+        return there
 
     def admit(self, layer: int, rows: Sequence[Sequence[int]], left: Sequence[int] = ()) -> Admission:
         """Make room for the experts that a decode step needs in `layer`.

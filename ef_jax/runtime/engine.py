@@ -186,7 +186,7 @@ class Engine(LayerPasses):
     def _end_step(self, order: list[int], deferred: list[tuple[int, jax.Array]], began: float) -> None:
         """A step that began then has run: it is counted, and what was not waited for is told."""
         for layer, ids in deferred:
-            self.scheduler.note(layer, self._by_age(routed_rows(ids)))
+            self.scheduler.note(layer, self._by_age(routed_rows(ids, dropping=self._drops)))
         self._rows.length[order] += 1
         phase = self.stats.decode
         phase.seconds += time.perf_counter() - began

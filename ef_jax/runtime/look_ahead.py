@@ -137,6 +137,14 @@ class Report(NamedTuple):
     diversity: float = 0.0
     weights: list[list[float]] | None = None
 
+    def without_dropped(self, experts: int) -> "Report":
+        """The report without those of `ids` that are no expert, which come last in a row, and their weights."""
+        ids = [[expert for expert in row if expert < experts] for row in self.ids]
+        if self.weights is None:
+            return self._replace(ids=ids)
+        of_ids = [weights[: len(row)] for row, weights in zip(ids, self.weights, strict=True)]
+        return self._replace(ids=ids, weights=of_ids)
+
 
 def look_from_layer(
     model: ModelSpec,

@@ -32,6 +32,7 @@ class Lookout:
     def __init__(self, spec: ModelSpec, programs: Programs, look_ahead: LookAhead | None) -> None:
         self.programs, self.look_ahead = programs, look_ahead
         self._spec, self._weighed = spec, programs.weighed
+        self._drops = programs.lossy.adaptive_experts is not None
         self._looking = look_ahead
         self._blind: Programs | None = None
         self._report: jax.Array | None = None  # of the last decode program that ended with a router
@@ -120,7 +121,10 @@ class Lookout:
 
     def report(self, batch: int) -> Report | None:
         """What the last layer's program said of a step of `batch` places; waits for it. None: nothing."""
-        return None if self._report is None else read_report(self._spec, self._report, batch, weighed=self._weighed)
+        if self._report is None:
+            return None
+        report = read_report(self._spec, self._report, batch, weighed=self._weighed)
+        return report.without_dropped(self._spec.experts.count) if self._drops else report
 
     def token_report(self, rows: list[int]) -> Report | None:
         """What the head said of the latest tokens of exactly these rows, in this order."""

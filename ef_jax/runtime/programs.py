@@ -13,7 +13,9 @@ see (`reach_of`), "finish" the leaves of `finish_paths`, none for a dense layer.
 next program: for a dense layer the residual stream, for an MoE layer `(Routed, pool, slot_row, outputs)` when decoding,
 with the outputs of the experts that have run, and `(Routed, order, outputs)` in a prompt. "look" and "state" are the
 arguments of a look ahead and "ahead" its report and the new state (see `look_ahead`); None in prompts and where nobody
-looks ahead, but that `weighed` programs of a decode step leave a report all the same.
+looks ahead, but that `weighed` programs of a decode step leave a report all the same. "held", bool `[E]`, says which
+experts of the layer that a decode step's program ends in have a slot or are on their way; only programs that lift them
+(`LossyOptions.cache_bias`) take it.
 
 With an encoder a prompt is one pass through the encoder's layers, which ends by `end_encoder` and, for each layer of
 the decoder, `remember`. Decode steps run the decoder's layers.
@@ -31,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.nn import (
@@ -77,7 +80,8 @@ class Programs(ProgramArguments):
     sequence needs.
 
     Reports of `weighed` programs have the router's weights in them. `low_precision` is the second pool of a run whose
-    misses of little weight are computed in 4 bits, by `low`.
+    misses of little weight are computed in 4 bits, by `low`. Of `lossy` what changes the routers' choices is in the
+    programs of layers.
     """
 
     def __init__(
@@ -94,10 +98,11 @@ class Programs(ProgramArguments):
         look_ahead: LookAheadSpec | None = None,
         weighed: bool = False,
         low_precision: LowPrecision | None = None,
+        lossy: LossyOptions = LOSSLESS,
     ) -> None:
         super().__init__(spec, batch, batch if rows is None else rows, context, pool_slots, look_ahead, sharding)
         self.kernels = kernels
-        self.weighed, self.low_precision = weighed, low_precision
+        self.weighed, self.low_precision, self.lossy = weighed, low_precision, lossy
         of_chunk = pass_shapes.chunk_widths(min(chunk, context))
         self.chunk_widths = pass_shapes.prompt_widths(context) if spec.encodes else of_chunk
         self.spans = pass_shapes.spans(context)
@@ -183,40 +188,40 @@ class Programs(ProgramArguments):
         return passes
 
     def begin(self, width: int, span: int) -> Compiled:
-        """`(top, tokens, leaves, cache, reach, (positions, rows), look, state) -> carried, cache, ahead, (positions,
-        rows)`: embedding and first layer. `cache` and `state` are donated.
+        """`(top, tokens, leaves, cache, reach, (positions, rows), look, state[, held]) -> carried, cache, ahead,
+        (positions, rows)`: embedding and first layer. `cache` and `state` are donated.
 
         Positions and rows come back as device arrays, which the other layers take without another copy.
         """
         kind = self.pass_kinds(width)[0]
 
-        def begin(top, tokens, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
+        def begin(top, tokens, leaves, cache, reach, places, look, state, held=None):  # type: ignore[no-untyped-def]
             x = self._top(top).embed_tokens(tokens)
-            return *self._enter(width, span, kind, leaves, x, cache, reach, places, look, state), places
+            return *self._enter(width, span, kind, leaves, x, cache, reach, places, look, state, held), places
 
         def inputs() -> tuple[Any, ...]:
             lanes = self.lanes(width)
             tokens = self._device_int(lanes, 1) if width == 1 else self._int(lanes, width)
             places = (self._int(lanes, width), self._int(lanes) if self._finds_rows(width) else None)
             layer = (self._leaves(kind), *self._layer_inputs(kind), places, *self._look(width, kind))
-            return (self._top_leaves(), tokens, *layer)
+            return (self._top_leaves(), tokens, *layer, *self._held(width, kind))
 
         return self._program(("begin", width, span), begin, inputs, donate=(3, 7))
 
     def between(self, width: int, span: int, before: LayerSpec, after: LayerSpec) -> Compiled:
-        """`(finish, carried, next leaves, cache, reach, (positions, rows), look, state) -> carried, cache, ahead`: from
-        one layer into the next. `cache` and `state` are donated."""
+        """`(finish, carried, next leaves, cache, reach, (positions, rows), look, state[, held]) -> carried, cache,
+        ahead`: from one layer into the next. `cache` and `state` are donated."""
 
-        def between(finish, carried, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
+        def between(finish, carried, leaves, cache, reach, places, look, state, held=None):  # type: ignore[no-untyped-def]
             x = self._leave(width, before, finish, carried)
-            return self._enter(width, span, after, leaves, x, cache, reach, places, look, state)
+            return self._enter(width, span, after, leaves, x, cache, reach, places, look, state, held)
 
         def inputs() -> tuple[Any, ...]:
             carried, lanes = self._carried(width, before), self.lanes(width)
             rows = self._device_int(lanes) if self._finds_rows(width) else None
             places = (self._device_int(lanes, width), rows)
             layer = (self._leaves(after), *self._layer_inputs(after), places, *self._look(width, after))
-            return (self._finish(before), carried, *layer)
+            return (self._finish(before), carried, *layer, *self._held(width, after))
 
         return self._program(("between", width, span, before, after), between, inputs, donate=(3, 7))
 
@@ -429,9 +434,28 @@ class Programs(ProgramArguments):
         """Sequences of a pass have rows of other numbers than their places."""
         return width > 1 or self.rows != self.batch
 
-    def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
+    def _held(self, width: int, kind: LayerSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Argument "held" of a program that ends in a layer of this kind, where it takes one."""
+        if self.lossy.cache_bias is None or width > 1 or kind.ffn == "dense":
+            return ()
+        return (jax.ShapeDtypeStruct((self.spec.experts.count,), np.bool_),)
+
+    def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state, held):  # type: ignore[no-untyped-def]
         positions, rows = places
-        entered, cache = steps.enter_layer(self.spec, kind, leaves, x, cache, positions, reach, span, rows)
+        lift = None if held is None else jnp.where(held, jnp.float32(self.lossy.cache_bias), 0)
+        entered, cache = steps.enter_layer(
+            self.spec,
+            kind,
+            leaves,
+            x,
+            cache,
+            positions,
+            reach,
+            span,
+            rows,
+            share=self.lossy.adaptive_experts,
+            lift=lift,
+        )
         if not isinstance(entered, steps.Routed):
             return entered, cache, None
         if width == 1:
@@ -469,7 +493,8 @@ class Programs(ProgramArguments):
             pool_slots = self.pool_slots if self._reads_pool(key) else None
             look_ahead = self.look_ahead if self._looks_ahead(key) else None
             sizes = (self.batch, self.rows, self.context, pool_slots)
-            place = (self.spec, self.kernels, *sizes, look_ahead, self.weighed, self._sharding, key)
+            choice = (self.lossy.adaptive_experts, self.lossy.cache_bias) if key[0] in ("begin", "between") else None
+            place = (self.spec, self.kernels, *sizes, look_ahead, self.weighed, choice, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
