@@ -21,8 +21,9 @@ class LossyOptions:
         chose, above 0 to 1; those beyond are dropped. 1 drops none.
       cache_bias: when decoding, an expert that has a slot is chosen before one that has not, if its router logit is
         lower by less than this, 0 to 64; 0 changes nothing.
-      skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1.
-      low_precision_miss: a missing expert whose router weight is below this is fetched in 4 bits, 0 to 1.
+      skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1. Weights are as
+        before a model's scaling factor; the largest of those of several tokens counts. 1 leaves out all that is missing.
+      low_precision_miss: likewise, what is fetched and computed in 4 bits.
       quantize: blocks are stored and computed in fewer bits: "int8", "int4" (a scale for 32 weights), or "int4:64".
 
     Raises:
@@ -42,11 +43,21 @@ class LossyOptions:
         _check_number("low_precision_miss", self.low_precision_miss, most=1.0)
         if self.quantize is not None:
             quantization(self.quantize)
+        skip, low = self.skip, self.low_precision_miss
+        if skip is not None and low is not None and skip >= low:
+            raise InputError(
+                f"lossy_skip {skip:g} leaves nothing for lossy_low_precision_miss {low:g}: give it a larger one"
+            )
 
     @property
     def any(self) -> bool:
         """Whether anything may change."""
         return any(value is not None for value in dataclasses.asdict(self).values())
+
+    @property
+    def weighs_misses(self) -> bool:
+        """Whether the router's weight of a missing expert says what becomes of it."""
+        return self.skip is not None or self.low_precision_miss is not None
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses what a model has no use for.

@@ -208,8 +208,7 @@ class LayerPasses:
         for handler, experts in kept:
             began = time.perf_counter()
             try:
-                outputs = handler.run(index, routed, experts, outputs)
-                getattr(self.stats.decode, handler.counter)[index] += len(experts)
+                outputs = handler.run(index, routed, experts, outputs, self.stats.decode)
             except MissError:
                 failed += experts
             self._note(COMPUTE, f"layer {index}, experts {experts} by {type(handler).__name__}", began)

@@ -79,9 +79,9 @@ class Programs(ProgramArguments):
     the width alone (`lanes`). So a sequence's results do not depend on its company. `compile_for` compiles what a
     sequence needs.
 
-    Reports of `weighed` programs have the router's weights in them. `low_precision` is the second pool of a run whose
-    misses of little weight are computed in 4 bits, by `low`. Of `lossy` what changes the routers' choices is in the
-    programs of layers.
+    `low_precision` is the second pool of a run whose misses of little weight are computed in 4 bits, by `low`. Of
+    `lossy` what changes the routers' choices is in the programs of layers; where it asks for the weights of misses, the
+    programs are `weighed`: the router's weights are in their reports.
     """
 
     def __init__(
@@ -96,13 +96,12 @@ class Programs(ProgramArguments):
         kernels: ExpertKernels,
         rows: int | None = None,
         look_ahead: LookAheadSpec | None = None,
-        weighed: bool = False,
         low_precision: LowPrecision | None = None,
         lossy: LossyOptions = LOSSLESS,
     ) -> None:
         super().__init__(spec, batch, batch if rows is None else rows, context, pool_slots, look_ahead, sharding)
         self.kernels = kernels
-        self.weighed, self.low_precision, self.lossy = weighed, low_precision, lossy
+        self.weighed, self.low_precision, self.lossy = lossy.weighs_misses, low_precision, lossy
         of_chunk = pass_shapes.chunk_widths(min(chunk, context))
         self.chunk_widths = pass_shapes.prompt_widths(context) if spec.encodes else of_chunk
         self.spans = pass_shapes.spans(context)
