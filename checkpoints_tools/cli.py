@@ -67,9 +67,11 @@ def _convert_or_verify(words: list[str]) -> tuple[dict[str, Any], bool]:
 def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(checkpoint, HuggingFaceCheckpoint) and options.to in (None, "orbax"):
         _keep_off_accelerators()
-        manifest = convert_to_orbax(checkpoint, destination, options.dtype)
+        manifest = convert_to_orbax(checkpoint, destination, options.dtype, quantize=options.quantize)
         dtype = None
     elif isinstance(checkpoint, ConvertedCheckpoint) and options.to == "huggingface":
+        if options.quantize is not None:
+            raise InputError(f"--quantize {options.quantize} is for conversions to orbax: leave it out")
         manifest = checkpoint.manifest
         dtype = manifest.dtype
         convert_to_huggingface(checkpoint, destination)
@@ -89,6 +91,7 @@ def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namesp
             "format": written.format,
             "family": written.spec.family,
             "dtype": written.spec.dtype,
+            "experts_in": written.spec.block_dtype,
             **_dequantized(checkpoint),
             "bytes": written.nbytes,
             "experts": written.spec.total_experts,
@@ -117,6 +120,11 @@ def _convert_parser() -> console.Parser:
     parser.add_argument("destination", metavar="DST", nargs="?", help="directory to write; must not exist")
     parser.add_argument("--to", choices=("orbax", "huggingface"), help="format to write (default: orbax)")
     parser.add_argument("--dtype", choices=tuple(WEIGHT_DTYPES), help="convert the weights (default: as stored)")
+    parser.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="round the experts to int8, int4 (a scale for 32 weights) or for example int4:64; lossy, no way back",
+    )
     _add_common(parser)
     return parser
 

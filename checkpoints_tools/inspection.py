@@ -25,6 +25,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "family": spec.family,
         "dtype": spec.dtype,
         "experts_stored": layout.experts,
+        "experts_in": spec.block_dtype,
         "bytes": checkpoint.nbytes,
         "layers": len(spec.layers),
         "moe_layers": len(spec.moe_layers),

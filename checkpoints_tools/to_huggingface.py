@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from checkpoints_tools.destination import check_new, staged
-from ef_jax.errors import CheckpointError
+from ef_jax.errors import CheckpointError, UnsupportedError
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, plain_file_name, read_json_object, read_text_file
@@ -33,8 +33,14 @@ def convert_to_huggingface(source: ConvertedCheckpoint, destination: Path, show_
 
     Raises:
       CheckpointError: the source cannot be read or is inconsistent.
+      UnsupportedError: its experts were quantized.
       InputError: the destination cannot be used or written. Either way nothing is left of it.
     """
+    if source.manifest.quantization is not None:
+        raise UnsupportedError(
+            f"the experts of {str(source.path)!r} were quantized to {source.manifest.quantization}, from which there is"
+            f" no way back: use the original"
+        )
     directory = source.path / SOURCE
     headers = _headers(directory / HEADERS_FILE)
     tensors = {name: parse_header(header, f"{HEADERS_FILE}: {name}") for name, header in headers.items()}

@@ -33,11 +33,13 @@ from checkpoints_tools.destination import (
 )
 from ef_jax.errors import CheckpointError, InputError
 from ef_jax.progress import Progress
+from ef_jax.weights import Checkpoint
 from ef_jax.weights.converted import DENSE, SOURCE, block_name, layer_dir
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, read_text_file
 from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, as_bytes, check_dtype_name, holds_exactly
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.manifest import HEADERS_FILE, NAME, Manifest, is_converted, read_manifest
+from ef_jax.weights.quantized import QuantizedCheckpoint
 from ef_jax.weights.safetensors import SafetensorsFile, parse_json
 
 _HEAD = "lm_head.weight"
@@ -49,35 +51,47 @@ _READERS = 4
 
 
 def convert_to_orbax(
-    source: HuggingFaceCheckpoint, destination: Path, dtype: str | None = None, show_progress: bool | None = None
+    source: HuggingFaceCheckpoint,
+    destination: Path,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+    *,
+    quantize: str | None = None,
 ) -> Manifest:
     """Write the converted checkpoint of `source` to the directory `destination`, or finish writing it.
 
     Args:
       source: an open Hugging Face checkpoint, opened with the same `dtype`.
-      destination: must not exist, unless it is the unfinished conversion of the same source to the same dtype.
+      destination: must not exist, unless it is the unfinished conversion of the same source to the same dtype and
+        quantization.
       dtype: the dtype that was asked for; None keeps the source's.
       show_progress: draw a progress bar; None does so on a terminal.
+      quantize: round the experts to "int8", "int4" or for example "int4:64"; there is no way back.
 
     Returns:
       The complete manifest.
 
     Raises:
       CheckpointError: the source cannot be read or holds NaN; the destination is removed.
-      InputError: the destination cannot be used or written. What was finished of it stays, for resuming.
+      InputError: the experts cannot be so quantized; the destination cannot be used or written. What was finished of
+        it stays, for resuming.
     """
+    blocks = source if quantize is None else QuantizedCheckpoint(source, quantize)
     read = {name: file for name, file in source.files.items() if file.tensors.keys() - source.left_out}
     headers = {name: _header_in_dtype(source, file) for name, file in read.items()}
     files = _source_files(source, headers, converts=dtype is not None or bool(source.fp8))
+    quantization = None if quantize is None else blocks.spec.block_dtype
     arrays = len(source.layout.dense) + len(source.extra) + source.spec.total_experts
     weights_bytes = sum(_tensor_bytes(header) for header in headers.values())
+    weights_bytes -= source.spec.total_experts * (source.spec.block_bytes - blocks.spec.block_bytes)
     manifest = Manifest(
-        spec=source.spec.as_dict(),
+        spec=blocks.spec.as_dict(),
         dtype=check_dtype_name(source.spec.dtype),
         experts=source.layout.experts,
         nbytes=weights_bytes,
-        fingerprint=_fingerprint(source, files),
+        fingerprint=_fingerprint(source, files, quantization),
         files={name: zlib.crc32(data) for name, data in files.items()},
+        quantization=quantization,
     )
     if is_converted(destination):
         done = _unfinished(destination, manifest)
@@ -94,7 +108,7 @@ def convert_to_orbax(
     with locked(destination):
         try:
             with reporting_write_errors(destination):
-                return _write_arrays(source, destination, manifest, show_progress)
+                return _write_arrays(source, blocks, destination, manifest, show_progress)
         except WriteError as error:
             if not read_manifest(destination).layers:
                 remove(destination)
@@ -106,9 +120,13 @@ def convert_to_orbax(
 
 
 def _write_arrays(
-    source: HuggingFaceCheckpoint, destination: Path, manifest: Manifest, show_progress: bool | None
+    source: HuggingFaceCheckpoint,
+    expert_source: Checkpoint,
+    destination: Path,
+    manifest: Manifest,
+    show_progress: bool | None,
 ) -> Manifest:
-    spec = source.spec
+    spec = expert_source.spec
     _remove_uncommitted(destination, manifest)
     with Progress(len(spec.moe_layers), "layers", "converting", enabled=show_progress) as progress:
         if not manifest.dense:
@@ -116,7 +134,7 @@ def _write_arrays(
         blocks = np.empty((spec.experts.count, *spec.block_format.shape), spec.block_format.dtype)
         for layer in spec.moe_layers:
             if layer not in manifest.layers:
-                checksums = _read_layer(source, layer, blocks)
+                checksums = _read_layer(expert_source, layer, blocks)
                 tree = {block_name(expert): block for expert, block in enumerate(blocks)}
                 _save(layer_dir(destination, layer), tree)
                 manifest = dataclasses.replace(manifest, layers={**manifest.layers, layer: checksums})
@@ -142,7 +160,7 @@ def _write_dense(source: HuggingFaceCheckpoint, destination: Path, manifest: Man
     return manifest
 
 
-def _read_layer(source: HuggingFaceCheckpoint, layer: int, blocks: np.ndarray) -> list[int]:
+def _read_layer(source: Checkpoint, layer: int, blocks: np.ndarray) -> list[int]:
     """Fill `blocks` `[E, ...]` with a layer's blocks; their checksums."""
 
     def read(expert: int) -> int:
@@ -209,8 +227,8 @@ def _unfinished(destination: Path, wanted: Manifest) -> Manifest:
         raise InputError(f"destination {str(destination)!r} exists: remove it or choose another")
     if found.fingerprint != wanted.fingerprint:
         raise InputError(
-            f"destination {str(destination)!r} is the unfinished conversion of another source or to another dtype:"
-            f" remove it or choose another"
+            f"destination {str(destination)!r} is the unfinished conversion of another source, or to another dtype or"
+            f" quantization: remove it or choose another"
         )
     return found
 
@@ -223,9 +241,9 @@ def _remove_uncommitted(destination: Path, manifest: Manifest) -> None:
             shutil.rmtree(path)
 
 
-def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes]) -> str:
-    """A digest of the source's text files, headers and a sample of its weights."""
-    digest = hashlib.blake2b(digest_size=16)
+def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes], quantization: str | None) -> str:
+    """A digest of the source's text files, headers and a sample of its weights, and of the quantization."""
+    digest = hashlib.blake2b((quantization or "").encode(), digest_size=16)
     for name, data in files.items():
         digest.update(f"{name} {len(data)} ".encode() + data)
     for name, file in source.files.items():

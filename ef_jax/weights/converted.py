@@ -15,6 +15,7 @@ from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName
 from ef_jax.weights.layout import Layout
 from ef_jax.weights.manifest import Manifest, read_manifest
 from ef_jax.weights.model_config import read_model_config
+from ef_jax.weights.quantized import quantized_spec
 from ef_jax.weights.zarr_array import raw_file, read_raw_array
 
 DENSE = "dense"
@@ -52,6 +53,8 @@ class ConvertedCheckpoint(Checkpoint):
         spec, self.generation_config = read_model_config(path / SOURCE)
         self.spec = dataclasses.replace(spec, dtype=self.manifest.dtype)
         self.layout = Layout(self.spec, self.manifest.experts)
+        if self.manifest.quantization is not None:
+            self.spec = quantized_spec(self.spec, self.manifest.quantization)
         self.reader: Literal["raw", "orbax"] = "raw"
         self.nbytes = self.manifest.nbytes
         self.tokenizer_dir = tokenizer_dir(path / SOURCE)

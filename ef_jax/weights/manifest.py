@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from ef_jax.errors import CheckpointError
 from ef_jax.families import ExpertLayout
+from ef_jax.lossy import quantization
 from ef_jax.weights.directory import plain_file_name, read_json_object
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName, check_dtype_name
 
@@ -24,13 +25,14 @@ class Manifest:
       spec: `ModelSpec.as_dict()`, for tools that read the manifest alone; the library reads source/config.json.
       dtype: of every weight.
       experts: how the source stored its experts.
-      nbytes: bytes of the source's tensors, in `dtype`.
-      fingerprint: identifies the source and the dtype asked for.
+      nbytes: bytes of the source's tensors, in `dtype`; where experts are quantized, of them as they are stored here.
+      fingerprint: identifies the source, and the dtype and the quantization asked for.
       files: name -> checksum of each file in source/.
       dense: our array name -> checksum; empty until the dense checkpoint is committed.
       extra: names and bytes of the arrays in `dense` that are source tensors without weights (rotary buffers).
       layers: decoder layer -> checksum of each expert's block; a layer is here once it is committed.
       complete: everything is written.
+      quantization: the blocks were rounded to "int8" or for example "int4:32"; None: they are the source's own.
     """
 
     spec: dict[str, Any]
@@ -43,6 +45,7 @@ class Manifest:
     extra: dict[str, int] = dataclasses.field(default_factory=dict)
     layers: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     complete: bool = False
+    quantization: str | None = None
 
     def to_json(self) -> bytes:
         """The manifest as a JSON text."""
@@ -81,6 +84,8 @@ def _parse(fields: dict[str, Any]) -> Manifest:
     _require(isinstance(fields["fingerprint"], str), "fingerprint")
     _require(isinstance(fields["complete"], bool), "complete")
     _require(isinstance(fields["spec"], dict), "spec")
+    if fields.get("quantization") is not None:
+        quantization(fields["quantization"])
     _require(all(map(plain_file_name, fields["files"])) and _are_checksums(fields["files"].values()), "files")
     _require(all(map(plain_file_name, fields["dense"])) and _are_checksums(fields["dense"].values()), "dense")
     _require(fields["extra"].keys() <= fields["dense"].keys(), "extra")

@@ -70,7 +70,7 @@ def quantized_spec(spec: ModelSpec, quantization: str) -> ModelSpec:
     if group is not None and group not in (fitting := _fitting_groups(spec)):
         offered = f"{', '.join(map(str, fitting))} would" if fitting else "int8 would do"
         raise InputError(
-            f"int4 groups of {group} do not divide the expert width {experts.width} and half of the hidden size"
+            f"int4 groups of {group} do not divide both the expert width {experts.width} and half of the hidden size"
             f" {spec.hidden}: {offered}"
         )
     return dataclasses.replace(spec, experts=dataclasses.replace(experts, quantization=format, group=group))
