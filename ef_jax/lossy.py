@@ -21,8 +21,8 @@ class LossyOptions:
         chose, above 0 to 1; those beyond are dropped. 1 drops none.
       cache_bias: when decoding, an expert that has a slot is chosen before one that has not, if its router logit is
         lower by less than this, 0 to 64; 0 changes nothing.
-      skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1. Weights are as
-        before a model's scaling factor; the largest of those of several tokens counts. 1 leaves out all that is missing.
+      skip: a missing expert whose router weight is below this is left out of a decode step, 0 to 1. Weights are
+        those before a model's scaling factor; of several tokens' the largest counts. 1 leaves out all that is missing.
       low_precision_miss: likewise, what is fetched and computed in 4 bits.
       quantize: blocks are stored and computed in fewer bits: "int8", "int4" (a scale for 32 weights), or "int4:64".
 

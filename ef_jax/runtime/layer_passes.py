@@ -205,12 +205,16 @@ class LayerPasses:
     def _run_kept(self, index, routed, kept, outputs):  # type: ignore[no-untyped-def]
         """Have handlers see to what they kept: the outputs, and the experts that must be copied after all."""
         failed: list[int] = []
+        link, phase = self.link, self.stats.decode
         for handler, experts in kept:
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), link.seconds
             try:
-                outputs = handler.run(index, routed, experts, outputs, self.stats.decode)
+                outputs = handler.run(index, routed, experts, outputs)
+                getattr(phase, handler.counter)[index] += len(experts)
+                phase.bytes_low_precision += len(experts) * handler.block_bytes
             except MissError:
                 failed += experts
+            phase.stall_seconds += link.seconds - waited
             self._note(COMPUTE, f"layer {index}, experts {experts} by {type(handler).__name__}", began)
         return outputs, failed
 

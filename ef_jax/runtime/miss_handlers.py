@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 import jax
 
 from ef_jax.runtime.steps import Routed
-from ef_jax.stats import PhaseStats
 
 
 @runtime_checkable
@@ -17,9 +16,13 @@ class MissHandler(Protocol):
     rows of `outputs` as they are. Policies, predictors and traces hear of it as of any expert.
 
     Attributes:
+      counter: the list of `PhaseStats` that counts the experts that it has seen to.
+      block_bytes: what each of them moves over the link in low precision; mostly 0.
       free: seeing to them takes no time, so there is nothing to run in the meantime.
     """
 
+    counter: str
+    block_bytes: int
     free: bool
 
     def keep(
@@ -39,7 +42,7 @@ class MissHandler(Protocol):
         """
         ...
 
-    def run(self, layer: int, routed: Routed, kept: Sequence[int], outputs: jax.Array, phase: PhaseStats) -> jax.Array:
+    def run(self, layer: int, routed: Routed, kept: Sequence[int], outputs: jax.Array) -> jax.Array:
         """`outputs` with the rows of the experts that it kept filled. It may wait.
 
         The other experts' copies have been started by then, and not been waited for; those that are resident may have
@@ -50,7 +53,6 @@ class MissHandler(Protocol):
           routed: the layer's router's results, on the device.
           kept: as `keep` has returned it, not empty.
           outputs: `[M, D]` on the device, rows in the order of `run_experts`; not to be donated.
-          phase: where it counts what it has seen to.
 
         Raises:
           MissError: it cannot, and the experts are to be copied after all.
