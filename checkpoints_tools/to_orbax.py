@@ -227,8 +227,8 @@ def _unfinished(destination: Path, wanted: Manifest) -> Manifest:
         raise InputError(f"destination {str(destination)!r} exists: remove it or choose another")
     if found.fingerprint != wanted.fingerprint:
         raise InputError(
-            f"destination {str(destination)!r} is the unfinished conversion of another source, or to another dtype or"
-            f" quantization: remove it or choose another"
+            f"destination {str(destination)!r} is the unfinished conversion of another source or to another dtype"
+            f" or quantization: remove it or choose another"
         )
     return found
 

@@ -84,8 +84,9 @@ def _parse(fields: dict[str, Any]) -> Manifest:
     _require(isinstance(fields["fingerprint"], str), "fingerprint")
     _require(isinstance(fields["complete"], bool), "complete")
     _require(isinstance(fields["spec"], dict), "spec")
-    if fields.get("quantization") is not None:
-        quantization(fields["quantization"])
+    if (rounded := fields.get("quantization")) is not None:
+        _require(isinstance(rounded, str), "quantization")
+        quantization(rounded)
     _require(all(map(plain_file_name, fields["files"])) and _are_checksums(fields["files"].values()), "files")
     _require(all(map(plain_file_name, fields["dense"])) and _are_checksums(fields["dense"].values()), "dense")
     _require(fields["extra"].keys() <= fields["dense"].keys(), "extra")

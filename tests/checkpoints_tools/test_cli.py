@@ -139,7 +139,7 @@ def test_a_defect_is_told_apart(
 def test_an_interrupt_says_how_to_go_on(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints_tools.cli, "convert_to_orbax", interrupted)
