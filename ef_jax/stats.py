@@ -22,11 +22,12 @@ class PhaseStats:
     skipped: list[int] = dataclasses.field(default_factory=list)
     low_precision: list[int] = dataclasses.field(default_factory=list)
     bytes_low_precision: int = 0
+    computed: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, layers: int) -> "PhaseStats":
         """Zeros for a model with `layers` MoE layers."""
-        counts = ("hits", "late_hits", "misses", "skipped", "low_precision")
+        counts = ("hits", "late_hits", "misses", "skipped", "low_precision", "computed")
         return cls(**{name: [0] * layers for name in counts})
 
     @property
@@ -82,6 +83,8 @@ class Stats:
     the share of a copy that a device hides or waits for on its own is not in it. `peak_device_bytes` is the largest
     sum of live arrays in device memory seen at the end of a phase, plus the temporary bytes of the largest program.
 
+    Absent experts that the host's processor computes in place are counted as `computed`, not as misses, and move no
+    bytes; `miss` says by what figures they were chosen, as of the end of the last run, None where all are copied.
     Absent experts that a lossy option leaves out are counted as `skipped`, those that it fetches in 4 bits as
     `low_precision`, and neither as misses; `bytes_demand` leaves out `bytes_low_precision`.
 
@@ -104,6 +107,7 @@ class Stats:
     peak_device_bytes: int = 0
     horizon: dict[str, Any] | None = None
     recall: dict[str, Any] | None = None
+    miss: dict[str, Any] | None = None
     disk: DiskStats | None = None
     lossy: dict[str, Any] | None = None
 
@@ -126,7 +130,7 @@ class Stats:
         """Back to zero, the peak and the reports included."""
         self.prefill, self.decode = PhaseStats.empty(self.layers), PhaseStats.empty(self.layers)
         self.peak_device_bytes = 0
-        self.horizon = self.recall = None
+        self.horizon = self.recall = self.miss = None
         if self.disk is not None:
             self.disk.reset()
 
@@ -157,6 +161,7 @@ class Stats:
             "decode_seconds": self.decode.seconds,
             "tokens_per_second": self.tokens_per_second,
             **{name: sum(values) for name, values in by_layer.items()},
+            "computed": sum(self.decode.computed),
             **light,
             **total,
             "bytes_low_precision": self.decode.bytes_low_precision,
@@ -168,6 +173,7 @@ class Stats:
             **{f"{name}_by_layer": values for name, values in by_layer.items()},
             "horizon": self.horizon,
             "recall": self.recall,
+            "miss": self.miss,
             "disk": None if self.disk is None else dataclasses.asdict(self.disk),
             "lossy": self.lossy,
             "prefill": dataclasses.asdict(self.prefill),
@@ -188,7 +194,7 @@ class Stats:
         }
         lines = [" " * 8 + "".join(f" {name:>{width}}" for name, width in widths.items())]
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
-            hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses)
+            hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses) + sum(phase.computed)
             rate = phase.tokens / phase.seconds if phase.seconds else 0.0
             share = 100 * hits / (hits + misses) if hits + misses else 0.0
             moved = phase.bytes_moved / 1e6
@@ -210,6 +216,8 @@ class Stats:
             f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
             f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"
         )
+        if computed := sum(ahead.computed):
+            lines.append(f"{computed} of the misses were computed on the host, in place")
         if skipped := sum(ahead.skipped):
             lines.append(f"{skipped} absent experts of little weight were left out")
         if low := sum(ahead.low_precision):

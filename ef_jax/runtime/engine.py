@@ -198,6 +198,8 @@ class Engine(LayerPasses):
         """Nobody has a row: nothing is fetched for now; note the peak of device memory."""
         self._resting = True
         self.scheduler.end_run()
+        for handler in self.miss_handlers:
+            self.stats.miss = {**(self.stats.miss or {}), **handler.report()} or None
         if self.stats.horizon is None and self._off_because is not None:
             self.stats.horizon = {"off_because": self._off_because}
         self._note_peak()

@@ -1,7 +1,7 @@
 """Who may see to absent experts of a decode step otherwise than by copying them into slots."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -57,6 +57,10 @@ class MissHandler(Protocol):
         Raises:
           MissError: it cannot, and the experts are to be copied after all.
         """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What it goes by, as plain JSON types, for `Stats.miss`; nothing if there is nothing to say."""
         ...
 
 
