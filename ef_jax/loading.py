@@ -26,11 +26,14 @@ from ef_jax.predict.paths import Paths
 from ef_jax.predict.predictor_file import load_predictor, load_routing_path, read_predictor_manifest
 from ef_jax.prefetching import ALL_RESIDENT, Prefetching, settle
 from ef_jax.progress import Progress
+from ef_jax.runtime.compute_in_place import ComputeInPlace, check_miss
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.expert_kernels import choose_kernels
+from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
+from ef_jax.runtime.miss_handlers import MissHandler
 from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.schedule.async_link import AsyncLink
 from ef_jax.schedule.device_link import DeviceLink, resolve_copy_mode
@@ -47,8 +50,6 @@ from ef_jax.weights.quantized import QuantizedCheckpoint
 _LOG = logging.getLogger("ef_jax")
 
 _NOT_YET = {
-    "lossy_skip",
-    "lossy_low_precision_miss",
 }
 
 
@@ -73,6 +74,7 @@ def load(
     candidates: str = "value",
     most_wasted: float = 1.0,
     order: str = "auto",
+    miss: str = "fetch",
     dtype: str | None = None,
     kernel: str | None = None,
     copy_mode: str | None = None,
@@ -115,6 +117,10 @@ def load(
         1.0 is no bound: whatever saves time is fetched.
       order: "resident_first" runs the rows of resident experts while others are on their way, "together" waits for
         all; "auto" decides by how long it would wait. It does not change a result.
+      miss: what is done about a missing expert when decoding: "fetch" copies it to the device, "compute" has the host's
+        processor compute it where it lies, "auto" splits each layer's misses so that copying and computing end
+        together, by what both are measured to take. Beside an accelerator, results of "compute" and "auto" may differ
+        from those of "fetch" by the rounding of another kernel; without one they are the same. `stats.miss` says why.
       dtype: convert the weights on load ("bfloat16", "float16", "float32"); None: as stored.
       kernel: what computes the experts, a name of `pallas_kernels.BACKENDS`; None: the first that can run this model
         on this device, see `LanguageModel.kernels`.
@@ -149,8 +155,7 @@ def load(
         checkpoint = stored if lossy.quantize is None else QuantizedCheckpoint(stored, lossy.quantize)
         spec = checkpoint.spec
         lossy.check(spec)
-        if spec.experts.quantization in ("int8", "int4"):
-            lossy = dataclasses.replace(lossy, quantize=spec.block_dtype)
+        lossy = dataclasses.replace(lossy, quantize=spec.rounded_to)
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
         request = make_request(
@@ -170,7 +175,7 @@ def load(
             policy_listens=POLICIES[policy].wants_predictions,
             regroups=(request.rows or request.batch) > request.batch,
         )
-        checked_order = check_order(order)
+        checked_order, checked_miss = check_order(order), check_miss(miss)
         check_candidates(candidates)
         check_most_wasted(most_wasted)
         kernels = choose_kernels(spec, device, kernel)
@@ -212,13 +217,18 @@ def load(
     if plan.slots == spec.total_experts:
         _fill(residency, device_link)
         settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
+    link = device_link if emulated is None else EmulatedLink(device_link, emulated)
+    handlers: list[MissHandler] = []
+    if checked_miss != "fetch" and plan.slots < spec.total_experts:
+        host = HostExperts(spec, kernels, batch=plan.batch, device=device)
+        handlers.append(ComputeInPlace(host, store, link, checked_miss))
     engine = Engine(
         spec,
         plan,
         programs,
         dense,
         residency,
-        device_link if emulated is None else EmulatedLink(device_link, emulated),
+        link,
         device,
         look_ahead=None if look is None else _look_ahead(spec, look, settled.trained, dense, plan.rows, device),
         routing_paths=_routing_paths(spec, settled.routing_path, dense, plan, device),
@@ -227,6 +237,7 @@ def load(
         candidates=candidates,
         most_wasted=most_wasted,
         order=checked_order,
+        miss_handlers=handlers,
         lossy=lossy,
     )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)

@@ -51,6 +51,7 @@ def _model(path: Path) -> "tuple[ModelSpec, dict[str, Any]]":
         **stored,
         "family": spec.family,
         "dtype": spec.dtype,
+        "experts_in": spec.block_dtype,
         "context": spec.max_position,
         "vocabulary": spec.vocab,
         "hidden": spec.hidden,

@@ -89,6 +89,13 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
         help="run the rows of resident experts while others are on their way, or all together (default: auto)",
     )
     group.add_argument(
+        "--miss",
+        choices=("fetch", "compute", "auto"),
+        default="fetch",
+        help="copy missing experts to the device, have the host compute them where they lie, or split them by what "
+        "both are measured to take; beside an accelerator the host rounds otherwise (default: fetch)",
+    )
+    group.add_argument(
         "--emulate-link",
         metavar="RATE[+LATENCY]",
         help="hold copies back as a link of that bandwidth would, for example 25GB/s or 25GB/s+10us",
@@ -97,7 +104,7 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
 
 def prefetch_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_prefetch_options` parsed, as `load` takes it."""
-    names = ("prefetch", "predictor", "routing_path", "most_wasted", "order", "emulate_link")
+    names = ("prefetch", "predictor", "routing_path", "most_wasted", "order", "miss", "emulate_link")
     return {name: getattr(options, name) for name in names}
 
 
@@ -129,7 +136,12 @@ def add_lossy_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="when decoding, fetch missing experts whose router weight is below this in 4 bits, 0 to 1",
     )
-    group.add_argument(
+    add_quantize_option(group)
+
+
+def add_quantize_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """`--lossy-quantize`, the lossy option that changes a plan."""
+    parser.add_argument(
         "--lossy-quantize",
         metavar="FORMAT",
         help="store, move and compute the experts in fewer bits: int8, int4 (a scale for 32 weights) or int4:64",
@@ -186,8 +198,7 @@ def read_spec(path: Path, dtype: str | None) -> ModelSpec:
     from ef_jax.weights.model_config import read_model_config
 
     if is_huggingface(path):
-        spec, _ = read_model_config(path)
-        return dataclasses.replace(spec, dtype=check_dtype_name(dtype)) if dtype else spec
+        return read_model_config(path, check_dtype_name(dtype) if dtype else None)[0]
     with open_checkpoint(path, dtype) as checkpoint:
         return checkpoint.spec
 

@@ -6,6 +6,7 @@ from ef_jax import console
 from ef_jax.cli import forecast as forecasts
 from ef_jax.cli import options as common
 from ef_jax.errors import BudgetError
+from ef_jax.lossy import LossyOptions
 from ef_jax.memory.sizes import format_bytes
 
 _DESCRIPTION = """Print the memory plan of a model without loading it. A directory that holds only config.json is
@@ -29,8 +30,11 @@ def run(words: Sequence[str]) -> None:
     from ef_jax.planning import make_request, plan_model
     from ef_jax.replay.trace import RoutingTrace
     from ef_jax.runtime.expert_kernels import choose_kernels
+    from ef_jax.weights.quantized import quantized_spec
 
     spec = common.read_spec(path, options.dtype)
+    if options.lossy_quantize is not None:
+        spec = quantized_spec(spec, options.lossy_quantize)
     device = jax.devices()[0]
     trace = None if options.trace is None else RoutingTrace.load(options.trace)
     copy_mode = options.copy_mode
@@ -60,6 +64,7 @@ def run(words: Sequence[str]) -> None:
             "kernels": kernels.as_dict(),
             "plan": {**plan.as_dict(), "warnings": warnings},
             "step_bytes_at_most": moved,
+            "lossy": LossyOptions(quantize=spec.rounded_to).as_dict(),
         }
         if expected is not None:
             contents["forecast"] = expected.as_dict()
@@ -70,6 +75,8 @@ def run(words: Sequence[str]) -> None:
         print(forecasts.forecast_table(expected))
     for warning in warnings[len(plan.warnings) :]:
         print(f"  warning: {warning}")
+    if spec.rounded_to is not None:
+        print(f"lossy: the experts are rounded to {spec.rounded_to}")
     print(f"a decode step uses at most {plan.token_cycle} experts and moves at most {format_bytes(moved)}")
 
 
@@ -77,6 +84,7 @@ def _parser() -> console.Parser:
     parser = console.Parser(prog="ef-jax plan", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory (default: the bundled model)")
     common.add_memory_options(parser, batch="default: 1")
+    common.add_quantize_option(parser)
     forecasts.add_forecast_options(parser)
     common.add_common_options(parser)
     return parser

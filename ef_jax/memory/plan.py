@@ -57,8 +57,9 @@ class MemoryPlan:
     """Device bytes by item, their sum, and what they buy.
 
     `workspace` is measured: temporaries and fresh outputs of the largest compiled program. `reserve` is slack for the
-    allocator. `budget` is what was asked for, or the sum where a fraction of the experts was asked for. `left_out` are
-    cache slots that it would have, did the kernels read a pool of that size.
+    allocator. `block_dtype` is what the experts' weights are stored as. `budget` is what was asked for, or the sum
+    where a fraction of the experts was asked for. `left_out` are cache slots that it would have, did the kernels
+    read a pool of that size.
     """
 
     dense: int
@@ -81,7 +82,10 @@ class MemoryPlan:
     context: int
     chunk: int
     host_bytes: int
+    block_dtype: str
     left_out: int = 0
+    light_misses: int = 0
+    host_light_misses: int = 0
 
     @property
     def items(self) -> dict[str, int]:
@@ -89,7 +93,8 @@ class MemoryPlan:
         names = (
             "dense", "kv_cache", "cache_slots", "staging", "transfers", "look_ahead", "state", "workspace", "reserve"
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        sizes = {name: getattr(self, name) for name in names}
+        return {**sizes, "light_misses": self.light_misses} if self.light_misses else sizes
 
     @property
     def total(self) -> int:
@@ -120,17 +125,21 @@ class MemoryPlan:
         notes = {
             "dense": "attention, norms, routers, embeddings",
             "kv_cache": f"{self.rows} sequence{'s' * (self.rows > 1)} x {self.context} tokens",
-            "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}",
+            "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}, "
+            f"{self.block_dtype}",
             "staging": f"{self.staging_slots} blocks that pass through",
             "transfers": "blocks in flight",
             "look_ahead": "routers of coming layers, trained predictor",
             "state": "sampling",
+            "light_misses": "blocks of 4 bits, for misses of little weight",
             "workspace": f"largest program, prompt chunks of {self.chunk} tokens",
             "reserve": "allocator slack",
         }
         lines = [f"memory plan: {format_bytes(self.total)} of {format_bytes(self.budget)} on the device"]
         lines += [f"  {name:12} {format_bytes(size):>9}  {notes[name]}" for name, size in self.items.items()]
         lines.append(f"  {'host':12} {format_bytes(self.host_bytes):>9}  pinned, all {self.experts} expert blocks")
+        if self.host_light_misses:
+            lines.append(f"  {'':12} {format_bytes(self.host_light_misses):>9}  pinned, the same in 4 bits")
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
 
@@ -139,7 +148,8 @@ class FixedBytes:
     """Device bytes that do not depend on the number of slots.
 
     Blocks in flight take `max(transfer_blocks, transfer_rings x staging slots)` blocks; or, if that is more, those that
-    a layer of a step asks for and `prefetch_blocks`, since prompts are served with no prefetch under way.
+    a layer of a step asks for and `prefetch_blocks`, since prompts are served with no prefetch under way. Where experts
+    can miss at all, `light_misses` and `host_light_misses` are what those in low precision take on device and host.
     """
 
     dense: int
@@ -150,6 +160,8 @@ class FixedBytes:
     transfer_blocks: int
     transfer_rings: int
     prefetch_blocks: int = 0
+    light_misses: int = 0
+    host_light_misses: int = 0
 
 
 def kv_cache_bytes(spec: ModelSpec, rows: int, context: int) -> int:
@@ -201,6 +213,9 @@ def make_plan(
             "state": fixed.state,
             "workspace": fixed.workspace,
         }
+        misses = slots < spec.total_experts
+        if misses:
+            sizes["light_misses"] = fixed.light_misses
         reserve = math.ceil(_RESERVE_SHARE * sum(sizes.values()))
         return MemoryPlan(
             **sizes,
@@ -216,7 +231,9 @@ def make_plan(
             context=request.context,
             chunk=request.chunk,
             host_bytes=spec.total_experts * block,
+            block_dtype=spec.block_dtype,
             left_out=left_out,
+            host_light_misses=fixed.host_light_misses if misses else 0,
         )
 
     def readable_plan(slots: int, staging_slots: int, budget: int | None) -> MemoryPlan:

@@ -187,6 +187,11 @@ class ModelSpec:
         """Bytes of one expert block, as stored."""
         return self.block_format.nbytes
 
+    @property
+    def rounded_to(self) -> str | None:
+        """`block_dtype` where we rounded the released weights to it; None: the experts are as released."""
+        return self.block_dtype if self.experts.quantization in ("int8", "int4") else None
+
     def as_dict(self) -> dict[str, Any]:
         """The spec as plain JSON types; `from_dict` reads it back."""
         return dataclasses.asdict(self)
