@@ -5,6 +5,7 @@ transformers 4 are read too. Every field is read, or must have the one value tha
 nothing at inference. Anything else raises: no field is silently ignored.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,10 @@ from ef_jax.families._family import Family
 from ef_jax.families._fields import ConfigFields, show
 from ef_jax.families._names import ExpertLayout as ExpertLayout
 from ef_jax.families._names import TensorNames as TensorNames
+from ef_jax.families._quantization import FP8_AS_RELEASED as FP8_AS_RELEASED
 from ef_jax.families._quantization import Fp8Blocks as Fp8Blocks
 from ef_jax.families._quantization import fp8_blocks as fp8_blocks
+from ef_jax.families._quantization import fp8_experts as fp8_experts
 from ef_jax.spec import ModelSpec
 
 FAMILIES: Mapping[str, Family] = {
@@ -90,7 +93,7 @@ def spec_from_config(config: Mapping[str, object]) -> ModelSpec:
         config = _language_model(config, family)
     fields = ConfigFields(config, family.defaults)
     _check_quantization(fields, family)
-    fp8_blocks(config)
+    in_fp8 = fp8_experts(config)
     known = (None, [], *([name] for name in family.architectures))
     expected = " or ".join(family.architectures)
     fields.must_be("architectures", known, f"only {expected} is supported for {model_type}")
@@ -99,7 +102,7 @@ def spec_from_config(config: Mapping[str, object]) -> ModelSpec:
     for name, value in (others | dict(family.must_be)).items():
         fields.must_be(name, (None, value), f"only {value!r} is supported for {model_type}")
     fields.close(_common.INERT | family.inert)
-    return spec
+    return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, quantization="fp8")) if in_fp8 else spec
 
 
 def _spec(fields: ConfigFields, family: Family) -> ModelSpec:

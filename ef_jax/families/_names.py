@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-ExpertLayout = Literal["per_expert", "fused", "stacked", "transposed", "interleaved", "mxfp4", "by_stack"]
+ExpertLayout = Literal["per_expert", "fused", "stacked", "transposed", "interleaved", "mxfp4", "fp8", "by_stack"]
 """How experts lie on disk, of a layer:
 
 per_expert: a tensor a projection and expert, what the hub mostly holds.
@@ -11,6 +11,7 @@ fused: `experts.gate_up_proj` `[E, 2F, D]` and `experts.down_proj` `[E, D, F]`, 
 stacked: the same under other names, `input_linear.weight` and `output_linear.weight`.
 transposed: `experts.gate_up_proj` `[E, D, 2F]` and `experts.down_proj` `[E, F, D]`.
 interleaved: the same, with columns of gate and up in turn, and biases (gpt-oss in floats).
+fp8: as per_expert, each tensor in FP8 with its scales in another, `x.weight_scale_inv` beside `x.weight`.
 mxfp4: 4-bit codes and scales of the same matrices, each transposed, with biases (gpt-oss as released).
 by_stack: as per_expert, without gates, below the blocks of an encoder and of a decoder.
 """

@@ -19,6 +19,21 @@ class Fp8Blocks:
         return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
 
 
+FP8_AS_RELEASED = Fp8Blocks(rows=128, columns=128)
+"""The blocks of every FP8 checkpoint known, and the only ones that experts are computed in."""
+
+
+def fp8_experts(config: Mapping[str, object]) -> bool:
+    """Whether a checkpoint's experts are FP8 that stays FP8: with scales as released, and not to be dequantized.
+
+    Raises:
+      UnsupportedError: the config describes FP8 that is not implemented.
+    """
+    values = config.get("quantization_config")
+    wanted = isinstance(values, Mapping) and not values.get("dequantize")
+    return wanted and fp8_blocks(config) == FP8_AS_RELEASED
+
+
 def fp8_blocks(config: Mapping[str, object]) -> Fp8Blocks | None:
     """How a checkpoint stores its FP8 weights, as DeepSeek-V3, Kimi-K2 and MiniMax-M2 are released; None: it has none.
 

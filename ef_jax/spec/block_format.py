@@ -15,6 +15,7 @@ import numpy as np
 
 _ALIGNMENT = 64
 _MXFP4_GROUP = 32
+_FP8_BLOCK = 128
 
 _Contents = tuple[tuple[str, tuple[int, ...], str], ...]
 
@@ -23,7 +24,7 @@ _Contents = tuple[tuple[str, tuple[int, ...], str], ...]
 class BlockPart:
     """One array of a block: its name, shape and dtype, and its first byte.
 
-    "uint8" are two 4-bit weights a byte, "float8_e8m0fnu" powers of two that scale them.
+    "uint8" are two 4-bit weights a byte, "float8_e8m0fnu" powers of two that scale them; "float8_e4m3fn" are weights.
     """
 
     name: str
@@ -166,4 +167,15 @@ def _int4(weights: tuple[int, int, int], group: int) -> _Contents:
     )
 
 
-_QUANTIZED: dict[str, Callable[[tuple[int, int, int]], _Contents]] = {"mxfp4": _mxfp4, "int8": _int8}
+def _fp8(weights: tuple[int, int, int]) -> _Contents:
+    """A scale for 128 x 128 weights of a matrix; the last blocks may be cut short."""
+    parts, width, hidden = weights
+    blocks = (-(-width // _FP8_BLOCK), -(-hidden // _FP8_BLOCK))
+    return (
+        ("values", weights, "float8_e4m3fn"),
+        ("gate_up_scales", (parts - 1, *blocks), "float32"),
+        ("down_scales", blocks, "float32"),
+    )
+
+
+_QUANTIZED: dict[str, Callable[[tuple[int, int, int]], _Contents]] = {"mxfp4": _mxfp4, "int8": _int8, "fp8": _fp8}

@@ -29,7 +29,7 @@ class ExpertSpec:
     gated: bool = True
     bias: bool = False
     scale_input: bool = False
-    quantization: Literal["mxfp4", "int8", "int4"] | None = None
+    quantization: Literal["mxfp4", "fp8", "int8", "int4"] | None = None
     group: int | None = None
 
     def __post_init__(self) -> None:

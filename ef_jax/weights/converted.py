@@ -14,7 +14,7 @@ from ef_jax.weights.directory import tokenizer_dir
 from ef_jax.weights.dtypes import WEIGHT_DTYPES, DtypeName
 from ef_jax.weights.layout import Layout
 from ef_jax.weights.manifest import Manifest, read_manifest
-from ef_jax.weights.model_config import read_model_config
+from ef_jax.weights.model_config import read_model_config, without_fp8
 from ef_jax.weights.quantized import quantized_spec
 from ef_jax.weights.zarr_array import raw_file, read_raw_array
 
@@ -51,6 +51,8 @@ class ConvertedCheckpoint(Checkpoint):
                 f"{str(path)!r} was converted to {self.manifest.dtype}: convert the original with --dtype {dtype}"
             )
         spec, self.generation_config = read_model_config(path / SOURCE)
+        if self.manifest.experts != "fp8":
+            spec = without_fp8(spec)
         self.spec = dataclasses.replace(spec, dtype=self.manifest.dtype)
         self.layout = Layout(self.spec, self.manifest.experts)
         if self.manifest.quantization is not None:
@@ -121,7 +123,8 @@ class ConvertedCheckpoint(Checkpoint):
         if manifest.dense.keys() - manifest.extra.keys() != self.layout.dense.keys():
             raise CheckpointError(f"{str(self.path)!r}: manifest.json and source/config.json name different arrays")
         counts = {layer: len(checksums) for layer, checksums in manifest.layers.items()}
-        if counts != dict.fromkeys(self.spec.moe_layers, self.spec.experts.count):
+        in_fp8 = (self.spec.experts.quantization == "fp8", manifest.experts == "fp8")
+        if counts != dict.fromkeys(self.spec.moe_layers, self.spec.experts.count) or in_fp8[0] != in_fp8[1]:
             raise CheckpointError(f"{str(self.path)!r}: manifest.json and source/config.json name different experts")
 
 

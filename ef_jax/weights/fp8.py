@@ -1,7 +1,6 @@
-"""FP8 (e4m3) weights with a scale a block, back to the float dtype of their model."""
+"""FP8 (e4m3) weights with a scale a block: to the float dtype of their model, and back."""
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,17 +9,14 @@ import numpy as np
 
 from ef_jax.errors import CheckpointError
 from ef_jax.families import Fp8Blocks, fp8_blocks
-from ef_jax.weights.dtypes import as_bytes
+from ef_jax.weights.dtypes import STORED_DTYPES, WEIGHT_DTYPES, as_bytes
+from ef_jax.weights.layout import FP8_SCALES
 from ef_jax.weights.safetensors import TensorEntry
 
-_LOG = logging.getLogger("ef_jax")
-_CODE = "F8_E4M3"
-SCALE_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
+FP8_CODE = "F8_E4M3"
+SCALE_DTYPES = {code: STORED_DTYPES[code] for code in ("F32", "BF16", "F8_E8M0")}
 """What scales are stored in, all of which float32 holds exactly."""
+_LEAST, _LARGEST = 2.0**-9, 448.0
 _SHIFT = np.int32(20)
 _KEPT = np.uint32(0x87F00000).view(np.int32)
 _BIAS = np.float32(2.0**120)
@@ -48,15 +44,13 @@ def fp8_weights(
     blocks = fp8_blocks(config)
     found = {}
     for name in weights:
-        if name in stored and stored[name].dtype == _CODE:
+        if name in stored and stored[name].dtype == FP8_CODE:
             if blocks is None:
                 raise CheckpointError(
                     f"{str(path)!r}: {name!r} is FP8, but config.json has no quantization_config of quant_method 'fp8'"
                 )
-            found[name] = Fp8Weight(scales=f"{name}_scale_inv", blocks=blocks)
+            found[name] = Fp8Weight(scales=name + FP8_SCALES, blocks=blocks)
             _check_scales(name, stored[name], stored.get(found[name].scales), blocks, path)
-    if found:
-        _LOG.info("%r: %d FP8 weights are dequantized as they are read", str(path), len(found))
     return found
 
 
@@ -64,11 +58,11 @@ def _check_scales(name: str, weight: TensorEntry, scales: TensorEntry | None, bl
     if len(weight.shape) != 2:
         raise CheckpointError(f"{str(path)!r}: {name!r} is FP8 of shape {list(weight.shape)}; only matrices may be")
     if scales is None:
-        raise CheckpointError(f"{str(path)!r}: {name!r} is FP8, but its scales {name + '_scale_inv'!r} are missing")
+        raise CheckpointError(f"{str(path)!r}: {name!r} is FP8, but its scales {name + FP8_SCALES!r} are missing")
     shape = blocks.scales_of(weight.shape)
     if scales.shape != shape or scales.dtype not in SCALE_DTYPES:
         raise CheckpointError(
-            f"{str(path)!r}: the scales {name + '_scale_inv'!r} are {scales.dtype} {list(scales.shape)}, but"
+            f"{str(path)!r}: the scales {name + FP8_SCALES!r} are {scales.dtype} {list(scales.shape)}, but"
             f" {list(weight.shape)} in blocks of {blocks.rows} x {blocks.columns} needs"
             f" {' or '.join(SCALE_DTYPES)} {list(shape)}"
         )
@@ -108,6 +102,35 @@ def dequantize(values: np.ndarray, scales: np.ndarray, blocks: Fp8Blocks, first_
         if whole < columns:
             floats[:, whole:] *= of_rows[:, -1:]
         out[first : first + turn] = floats
+
+
+def comes_back(scales: np.ndarray, dtype: str) -> bool:
+    """Whether `quantize` finds the values again that `dequantize` gave in `dtype`, whatever they are.
+
+    It does where no product is below the normal numbers or overflows: rounding changes those by a factor of 1 +- 2^-8
+    at most, and e4m3's neighbours are a sixteenth apart.
+    """
+    limits = ml_dtypes.finfo(WEIGHT_DTYPES[dtype])
+    magnitudes = np.abs(scales.astype(np.float64))
+    least, largest = magnitudes.min() * _LEAST, magnitudes.max() * _LARGEST
+    return bool(least >= limits.smallest_normal and largest < limits.max)
+
+
+def quantize(weights: np.ndarray, scales: np.ndarray, blocks: Fp8Blocks, first_row: int) -> np.ndarray:
+    """The e4m3 values, uint8 `[r, columns]`, that `dequantize` made `weights` of; see `comes_back`.
+
+    Args:
+      weights: `[r, columns]` of any float dtype.
+      scales, blocks, first_row: as of `dequantize`.
+    """
+    rows, columns = (np.arange(size) for size in weights.shape)
+    values = np.empty(weights.shape, ml_dtypes.float8_e4m3fn)
+    turn = max(1, _TURN_ELEMENTS // len(columns))
+    for first in range(0, len(rows), turn):
+        part = slice(first, first + turn)
+        of_rows = scales[(first_row + rows[part]) // blocks.rows]
+        values[part] = weights[part].astype(np.float32) / of_rows[:, columns // blocks.columns]
+    return values.view(np.uint8)
 
 
 def has_nan(values: np.ndarray) -> bool:

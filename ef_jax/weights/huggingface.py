@@ -1,6 +1,5 @@
 """Reads a Hugging Face model directory: config.json and safetensors, in one file or in shards."""
 
-import dataclasses
 import logging
 import math
 import re
@@ -12,12 +11,19 @@ import numpy as np
 from ef_jax.errors import CheckpointError
 from ef_jax.weights.checkpoint import Checkpoint, Scratch, check_finite
 from ef_jax.weights.directory import INDEX_FILE, plain_file_name, read_json_object, tokenizer_dir
-from ef_jax.weights.dtypes import DTYPE_OF_CODE, WEIGHT_DTYPES, DtypeName, as_bits, holds_exactly
-from ef_jax.weights.fp8 import SCALE_DTYPES, Fp8Weight, dequantize, fp8_weights, has_nan
+from ef_jax.weights.dtypes import (
+    DTYPE_OF_CODE,
+    STORED_DTYPES,
+    WEIGHT_DTYPES,
+    DtypeName,
+    as_bits,
+    holds_exactly,
+)
+from ef_jax.weights.fp8 import FP8_CODE, SCALE_DTYPES, Fp8Weight, dequantize, fp8_weights, has_nan
 from ef_jax.weights.layout import Expected, Layout, Piece, family_names, stored_experts
-from ef_jax.weights.model_config import read_model_config
+from ef_jax.weights.model_config import read_model_config, without_fp8
 from ef_jax.weights.mxfp4 import pack
-from ef_jax.weights.safetensors import SafetensorsFile
+from ef_jax.weights.safetensors import SafetensorsFile, TensorEntry
 
 _LOG = logging.getLogger("ef_jax")
 _SINGLE = "model.safetensors"
@@ -33,10 +39,12 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     Attributes:
       files: the open safetensors files, by file name.
-      extra: names of tensors that carry no weights of their own: rotary buffers, a tied head's copy.
+      extra: names of tensors that carry no weights of their own: rotary buffers, a tied head's copy, and where experts
+        stay FP8, the scales of other FP8 weights.
       expected: the tensors that hold the model's weights, by name.
       unused: names of tensors of other parts of the model, which are not read: vision towers, heads for more tokens.
-      fp8: the FP8 weights, by name, and their scales. They are handed out in the spec's dtype as other weights are.
+      fp8: the FP8 weights, by name, and their scales, that are handed out in the spec's dtype as other weights are: all
+        but the experts where these stay FP8.
       left_out: names of tensors that a conversion does not have: unused ones, and scales of weights that were FP8.
     """
 
@@ -55,22 +63,28 @@ class HuggingFaceCheckpoint(Checkpoint):
         """
         self.path = path
         self.files: dict[str, SafetensorsFile] = {}
-        spec, self.generation_config = read_model_config(path)
-        self.spec = dataclasses.replace(spec, dtype=dtype) if dtype else spec
+        self.spec, self.generation_config = read_model_config(path, dtype)
         self.tokenizer_dir = tokenizer_dir(path)
         self._scratch = Scratch()
         try:
             self._open_files()
             self._file_of = {name: file for file in self.files.values() for name in file.tensors}
-            names = family_names(self.spec)
-            self.layout = Layout(self.spec, stored_experts(self.spec, names, self._file_of))
-            self.expected = self.layout.tensors()
             stored = {name: entry for file in self.files.values() for name, entry in file.tensors.items()}
-            self.fp8 = fp8_weights(read_json_object(path / "config.json"), self.expected, stored, path)
-            scales = {weight.scales for weight in self.fp8.values()}
+            self.layout = self._find_layout(stored)
+            self.spec = self.layout.spec
+            self.expected = self.layout.tensors()
+            in_fp8 = fp8_weights(read_json_object(path / "config.json"), self.expected, stored, path)
+            self.fp8 = {name: weight for name, weight in in_fp8.items() if self.expected[name].dtype != "float8_e4m3fn"}
+            scales = {weight.scales for weight in in_fp8.values()}
             self.extra, self.unused = _check_names(path, {*self.expected, *scales}, set(self._file_of), self.layout)
-            self.left_out = scales.union(self.unused)
-            self._check_tensors(self.expected, converts=dtype is not None)
+            self.left_out = set(self.unused)
+            if self.spec.experts.quantization == "fp8":
+                self.extra += sorted(scales - self.expected.keys())
+            else:
+                self.left_out |= scales
+            self._check_tensors(self.expected, {*self.fp8, *scales}, converts=dtype is not None)
+            if self.fp8:
+                _LOG.info("%r: %d FP8 weights are dequantized as they are read", str(path), len(self.fp8))
         except BaseException:
             self.close()
             raise
@@ -123,18 +137,35 @@ class HuggingFaceCheckpoint(Checkpoint):
             tensor, name = next(iter(dict(stored).items() ^ weight_map.items()), stored[0])
             raise CheckpointError(f"{str(self.path)!r}: its index and its shards disagree about {tensor!r} in {name!r}")
 
-    def _check_tensors(self, expected: dict[str, Expected], converts: bool) -> None:
+    def _find_layout(self, stored: dict[str, TensorEntry]) -> Layout:
+        """Where everything is. Experts that config.json says to be FP8 may be floats all the same."""
+        spec, names = self.spec, family_names(self.spec)
+        layout = Layout(spec, stored_experts(spec, names, stored))
+        if layout.experts == "fp8":
+            first = stored.get(layout.block(spec.moe_layers[0], 0)[0].tensor)
+            if first is None or first.dtype != FP8_CODE:
+                spec = without_fp8(spec)
+                layout = Layout(spec, stored_experts(spec, names, stored))
+        return layout
+
+    def _check_tensors(self, expected: dict[str, Expected], checked: set[str], converts: bool) -> None:
+        """Refuse tensors of other shapes or dtypes than expected; the dtypes of those in `checked` are right."""
         for name, (shape, dtype) in expected.items():
             entry = self._file_of[name].tensors[name]
             if entry.shape != shape:
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} has shape {list(entry.shape)}, config.json needs {list(shape)}"
                 )
-            if name in self.fp8:
+            if name in checked:
                 continue
+            if dtype == "float8_e4m3fn" and entry.dtype != FP8_CODE:
+                raise CheckpointError(
+                    f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}, other experts as {FP8_CODE};"
+                    f" ask for a dtype to convert"
+                )
             if dtype == "uint8" and entry.dtype != "U8":
                 raise CheckpointError(f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}, MXFP4 is U8")
-            if dtype != "uint8" and entry.dtype not in DTYPE_OF_CODE:
+            if dtype in (None, "float32") and entry.dtype not in DTYPE_OF_CODE:
                 raise CheckpointError(
                     f"{str(self.path)!r}: {name!r} is stored as {entry.dtype}; only float weights"
                     f" ({', '.join(DTYPE_OF_CODE)}) can be read"
@@ -170,7 +201,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             return
         if piece.dtype == "uint8":
             array = as_bits(array)
-        dtype = np.dtype(piece.dtype or DTYPE_OF_CODE[file.tensors[piece.tensor].dtype])
+        dtype = STORED_DTYPES[file.tensors[piece.tensor].dtype]
         place = piece.view(array)
         start = piece.start * dtype.itemsize
         if dtype == array.dtype and piece.axes is None:

@@ -8,12 +8,15 @@ from ef_jax.errors import CheckpointError
 from ef_jax.families import spec_from_config
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.directory import read_json_object
+from ef_jax.weights.dtypes import DtypeName
 
 _GENERATION = "generation_config.json"
 
 
-def read_model_config(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
+def read_model_config(directory: Path, dtype: DtypeName | None = None) -> tuple[ModelSpec, dict[str, Any]]:
     """The model that a directory describes, and the fields of its generation_config.json, empty if there is none.
+
+    With a `dtype`, it is that of all weights, of experts that are stored in FP8 too.
 
     Released checkpoints name some of their end-of-text ids only in generation_config.json, where transformers'
     `generate` looks for them: the spec's `eos_ids` are those of both files.
@@ -23,6 +26,8 @@ def read_model_config(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
       UnsupportedError: config.json asks for something that is not implemented.
     """
     spec = spec_from_config(read_json_object(directory / "config.json"))
+    if dtype is not None:
+        spec = dataclasses.replace(without_fp8(spec), dtype=dtype)
     path = directory / _GENERATION
     if not path.exists():
         return spec, {}
@@ -36,3 +41,10 @@ def read_model_config(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
                 f"{str(path)!r}: eos_token_id must be token ids from 0 to {spec.vocab - 1}, got {eos!r:.80}"
             )
     return dataclasses.replace(spec, eos_ids=tuple(dict.fromkeys((*spec.eos_ids, *ids)))), generation
+
+
+def without_fp8(spec: ModelSpec) -> ModelSpec:
+    """The same model with experts in its dtype where they would be FP8."""
+    if spec.experts.quantization != "fp8":
+        return spec
+    return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, quantization=None))

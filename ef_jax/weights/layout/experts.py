@@ -5,6 +5,7 @@ from collections.abc import Collection
 from ef_jax.errors import UnsupportedError
 from ef_jax.families import ExpertLayout, TensorNames
 from ef_jax.spec import ModelSpec
+from ef_jax.weights.layout.fp8 import fp8_pieces
 from ef_jax.weights.layout.gpt_oss import gpt_oss_pieces
 from ef_jax.weights.layout.pieces import TRANSPOSED, Piece, block_pieces
 from ef_jax.weights.layout.switch_transformers import stack_expert_pieces
@@ -19,9 +20,9 @@ def expert_pieces(
     if experts == "by_stack":
         return stack_expert_pieces(spec, layer, expert)
     module = f"{names.model}.layers.{layer}.{_module(names, experts)}"
-    if experts == "per_expert":
-        projections = (names.gate, names.up, names.down)
-        return block_pieces([f"{module}.experts.{expert}.{name}.weight" for name in projections], width, hidden)
+    if experts in ("per_expert", "fp8"):
+        tensors = [f"{module}.experts.{expert}.{name}.weight" for name in (names.gate, names.up, names.down)]
+        return (block_pieces if experts == "per_expert" else fp8_pieces)(tensors, width, hidden)
     if experts in ("interleaved", "mxfp4"):
         return gpt_oss_pieces(spec, f"{module}.experts", expert)
     gate_up, down = _tensors(module, experts)

@@ -21,7 +21,7 @@ class Expected(NamedTuple):
     """A Hugging Face tensor that a model must have: its shape, and the dtype that we hold it in (None: the model's)."""
 
     shape: tuple[int, ...]
-    dtype: Literal["float32", "uint8"] | None = None
+    dtype: Literal["float32", "float8_e4m3fn", "uint8"] | None = None
 
 
 class Layout:

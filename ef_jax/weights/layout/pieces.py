@@ -19,7 +19,7 @@ class Piece:
       where: index of our array that selects the run's place.
       axes: the place's axes in the order of the run's; None: as they are.
       parts: the part of a block; several of one shape are stacked. Empty: the array is the block.
-      dtype: of the tensor, where that is not a float's.
+      dtype: that the run is held in, where it is not the model's.
       codes: the run has 4-bit codes, which a block has in other places: of its rows, or of its columns (`mxfp4.py`).
     """
 
@@ -30,7 +30,7 @@ class Piece:
     where: int | slice | EllipsisType = ...
     axes: tuple[int, ...] | None = None
     parts: tuple[str, ...] = ()
-    dtype: Literal["uint8"] | None = None
+    dtype: Literal["float32", "float8_e4m3fn", "uint8"] | None = None
     codes: Literal["rows", "columns"] | None = None
 
     @property
