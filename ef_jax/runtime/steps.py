@@ -65,6 +65,7 @@ def output_weights(spec: ModelSpec, routed: Routed) -> Float[Array, "B T K"]:
 
 
 def expert_inputs(spec: ModelSpec, rows: Float[Array, "M D"], weights: Float[Array, " M"]) -> Float[Array, "M D"]:
+    """What experts read of routed rows: where the model has it so, the rows times their weights."""
     if not spec.experts.scale_input:
         return rows
     # Rounded before an expert reads them, in every program alike: XLA may leave out a conversion, but not this.

@@ -1,0 +1,94 @@
+"""What a missing expert costs, copied to the device or computed on the host, as measured; which of a layer's to copy."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_WEIGHT = 1 / 8  # of the newest measurement in the means
+_LONGEST = 4.0  # times the mean: what a call counts for that took longer, because something else got in its way
+_RETRY = 64  # layers in which nothing was worth computing, until one expert is computed to see whether that still holds
+
+
+class MissCosts:
+    """Running means, and the split of a layer's misses by them.
+
+    The link and the host work side by side, so a layer waits for the longer of the two:
+    `max(copied x copy_seconds, overhead + seconds of those computed)`. FreeToken (arXiv:2608.16157) splits misses by the
+    ratio of two bandwidths for the same reason, HybriMoE (arXiv:2504.05897) by simulating both. Where the host is also
+    the device, what is copied still has to be taken over and computed by it afterwards, and that is added.
+
+    A call's time depends on its rows by the tiles that hold them.
+
+    Args:
+      tile_rows: rows of a tile.
+      take_over: seconds that the host spends on each block that is copied, where the host is also the device; None:
+        it is not.
+    """
+
+    def __init__(self, *, tile_rows: int, take_over: float | None) -> None:
+        self._tile_rows, self._take_over = tile_rows, take_over
+        self._seconds: dict[int, float] = {}
+        self._overhead = 0.0
+        self._layers = 0
+        self._retry_at = _RETRY
+
+    def computed(self, rows: int, seconds: float) -> None:
+        """An expert of so many rows was computed in `seconds`."""
+        tiles = self._tiles(rows)
+        mean = self._seconds.setdefault(tiles, seconds)
+        self._seconds[tiles] += _WEIGHT * (min(seconds, _LONGEST * mean) - mean)
+
+    def around(self, seconds: float) -> None:
+        """A layer took `seconds` beside those of its experts, to get their inputs and give their outputs back."""
+        mean = self._overhead or seconds
+        self._overhead = mean + _WEIGHT * (min(seconds, _LONGEST * mean) - mean)
+
+    def seconds(self, rows: int) -> float:
+        """How long an expert of so many rows will take; in proportion to what has been measured nearest.
+
+        Nothing has been measured: no time at all.
+        """
+        tiles = self._tiles(rows)
+        nearest = min(self._seconds, key=lambda known: abs(known - tiles), default=None)
+        return 0.0 if nearest is None else self._seconds[nearest] * max(1.0, tiles / nearest)
+
+    def split(self, rows: Sequence[int], copy_seconds: float) -> int:
+        """How many of a layer's missing experts to compute, when those of fewest rows are computed first.
+
+        Args:
+          rows: of each expert, in ascending order, not empty.
+          copy_seconds: link time of a block; 0 where the link does nothing by itself.
+        """
+        each = [self.seconds(count) for count in rows]
+        computed = list(itertools.accumulate(each, initial=0.0))
+        every = len(rows)
+
+        def wait(count: int) -> float:
+            after = 0.0
+            if self._take_over is not None:
+                after = (every - count) * self._take_over + computed[-1] - computed[count]
+            return max((every - count) * copy_seconds, computed[count] + (self._overhead if count else 0.0)) + after
+
+        best = min(range(every + 1), key=wait)
+        self._layers += 1
+        if best:
+            self._retry_at = self._layers + _RETRY
+        elif self._layers >= self._retry_at:
+            best = 1
+            worse = each[0] / copy_seconds if copy_seconds else 1.0
+            self._retry_at = self._layers + math.ceil(_RETRY * max(1.0, worse))
+        return best
+
+    def report(self) -> dict[str, Any]:
+        """The means, as plain JSON types; `compute_seconds` by the most rows that take so long."""
+        return {
+            "compute_seconds": {
+                str(tiles * self._tile_rows): seconds for tiles, seconds in sorted(self._seconds.items())
+            },
+            "overhead_seconds": self._overhead,
+            "take_over_seconds": self._take_over,
+        }
+
+    def _tiles(self, rows: int) -> int:
+        return -(-rows // self._tile_rows)
