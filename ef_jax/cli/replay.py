@@ -146,6 +146,7 @@ def _contents(
         "moe_layers": trace.layers,
         "experts_per_layer": trace.num_experts,
         "experts_per_token": trace.top_k,
+        "lossy": trace.lossy or None,
         "fit": options.fit,
         "results": [result.as_dict() for result in results],
         "recommended": None if recommended is None else recommended.as_dict(),
@@ -157,6 +158,7 @@ def _name(path: str, trace: RoutingTrace) -> str:
     return (
         f"{trace.model or Path(path).stem}: {trace.sequences} sequences, {trace.count:,} tokens, "
         f"{trace.layers} layers x {trace.num_experts} experts, top-{trace.top_k}"
+        + (f", lossy: {trace.lossy}" if trace.lossy else "")
     )
 
 

@@ -77,6 +77,7 @@ def _report(trace: RoutingTrace, options: argparse.Namespace, **measured: Any) -
             "experts_per_layer": trace.num_experts,
             "experts_per_token": trace.top_k,
             "weights": trace.weights is not None,
+            "lossy": trace.lossy or None,
             "pregate": 0 if trace.pregate is None else trace.pregate.shape[2],
         }
         print(console.json_line(contents | measured))
@@ -84,6 +85,7 @@ def _report(trace: RoutingTrace, options: argparse.Namespace, **measured: Any) -
     print(
         f"{options.output}: {trace.sequences} sequences, {trace.count} tokens ({prompt_tokens} of prompts), "
         f"{trace.layers} layers of {trace.num_experts} experts, {trace.top_k} a token, {format_bytes(stored)}"
+        + (f", lossy: {trace.lossy}" if trace.lossy else "")
     )
 
 

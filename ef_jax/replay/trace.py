@@ -64,6 +64,7 @@ class RoutingTrace:
       model: name of the model, empty if unknown.
       fingerprint: `ef_jax.predict.fingerprint.model_fingerprint` of the model, empty if unknown.
       block_bytes: bytes of one expert's block, if known.
+      lossy: what changed the results of the run that was recorded, in words; empty: nothing.
       weights: float16 `[N, L, K]`, the router's weights, if recorded.
       pregate: float16 `[N, L, H, E]`, if recorded: `pregate[n, s, d - 1]` are the choice scores (what a router takes
         its top-k of) that layer s - 1 + d gives the token's residual stream at source s. Source 0 is its embedding,
@@ -82,6 +83,7 @@ class RoutingTrace:
     model: str = ""
     fingerprint: str = ""
     block_bytes: int | None = None
+    lossy: str = ""
     weights: np.ndarray | None = None
     pregate: np.ndarray | None = None
 
@@ -100,9 +102,10 @@ class RoutingTrace:
         )
 
     def __repr__(self) -> str:
+        how = f", lossy: {self.lossy}" if self.lossy else ""
         return (
             f"RoutingTrace({self.model or 'unknown model'}: {self.sequences} sequences, {self.count} tokens, "
-            f"{self.layers} layers x {self.num_experts} experts, top-{self.top_k})"
+            f"{self.layers} layers x {self.num_experts} experts, top-{self.top_k}{how})"
         )
 
     @property

@@ -15,6 +15,7 @@ A trace is a compressed npz file of plain arrays: no pickles, so it can be read 
 | `phases` | uint8 `[N]` | 0 prompt, 1 decode |
 | `passes` | int64 `[N]`, optional | number of the forward pass: rows of one number ran together, in this order |
 | `block_bytes` | int64, optional | bytes of one expert's block |
+| `lossy` | string, optional | what changed the results of the run that was recorded |
 | `weights` | float16 `[N, L, K]`, optional | the router's weights |
 | `pregate` | float16 `[N, L, H, E]`, optional | at `[n, s, d - 1]`, the choice scores of layer s - 1 + d for source s |
 
@@ -40,7 +41,8 @@ FORMAT = "ef_jax routing trace"
 VERSION = 1
 
 _REQUIRED = ("experts", "tokens", "offsets", "num_experts")
-_OPTIONAL = ("format", "version", "model", "fingerprint", "phases", "passes", "block_bytes", "weights", "pregate")
+_TEXTS = ("fingerprint", "lossy")
+_OPTIONAL = ("format", "version", "model", "phases", "passes", "block_bytes", "weights", "pregate", *_TEXTS)
 _NAMES = _REQUIRED + _OPTIONAL
 _DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError)
 _MAX_INT64 = 2**63 - 1
@@ -55,8 +57,7 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, overwrite: 
     arrays: dict[str, Any] = {"format": FORMAT, "version": np.int64(VERSION), "model": trace.model}
     arrays |= {name: getattr(trace, name) for name in ("experts", "tokens", "offsets", "phases")}
     arrays["num_experts"] = np.int64(trace.num_experts)
-    if trace.fingerprint:
-        arrays["fingerprint"] = trace.fingerprint
+    arrays |= {name: text for name in _TEXTS if (text := getattr(trace, name))}
     if trace.block_bytes is not None:
         arrays["block_bytes"] = np.int64(trace.block_bytes)
     for name in ("passes", "weights", "pregate"):
@@ -125,7 +126,7 @@ def _trace(arrays: dict[str, np.ndarray]) -> RoutingTrace:
         phases=phases.astype(np.uint8, copy=False),
         passes=None if passes is None else passes.astype(np.int64, copy=False),
         model=str(arrays["model"]) if "model" in arrays else "",
-        fingerprint=str(arrays["fingerprint"]) if "fingerprint" in arrays else "",
+        **{name: str(arrays[name]) for name in _TEXTS if name in arrays},
         block_bytes=_number(arrays, "block_bytes") if "block_bytes" in arrays else None,
         weights=arrays.get("weights"),
         pregate=arrays.get("pregate"),

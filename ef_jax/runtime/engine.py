@@ -244,6 +244,22 @@ class Engine(LayerPasses):
         self.stats.prefill.tokens += len(tokens)
         self._note_peak()
 
+    def logits_by_steps(self, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
+        """As `logits`, by a prompt of the first token and a decode step for each of the others."""
+        self.join(row, tokens[:1], SamplingOptions(), 0)
+        try:
+            began = time.perf_counter()
+            first = self._run_chunk(self.cuts(1)[0][1], [(row, 0)], {})
+            self._rows.length[row] = 1
+            rows = [np.asarray(first)[0, 0]]
+            self.stats.prefill.seconds += time.perf_counter() - began
+            self.stats.prefill.tokens += 1
+            rows += self._follow(row, tokens[1:].tolist())
+            yield from self.lookout.running.logits_of(np.stack(rows), self._dense.top)
+        finally:
+            self.leave(row)
+        self._note_peak()
+
     def logits_after(self, prompt: np.ndarray, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
         """Logits of a decoder with an encoder: after its first token, and after each of those given.
 
@@ -260,18 +276,24 @@ class Engine(LayerPasses):
             for start, width in self.cuts(len(prompt)):
                 self._run_chunk(width, [(row, start)], {})
             self._begin_texts([row])
-            place = self._rows.places([row])[0]
-            rows = []
-            for token in [self._first_token, *tokens.tolist()]:
-                began = time.perf_counter()
-                self._rows.tokens[row] = token
-                order, last, deferred = self._advance([row], ())
-                rows.append(np.asarray(last)[place])
-                self._end_step(order, deferred, began)
+            rows = self._follow(row, [self._first_token, *tokens.tolist()])
             yield from self.lookout.running.logits_of(np.stack(rows), self._dense.top)
         finally:
             self.leave(row)
         self._note_peak()
+
+    def _follow(self, row: int, tokens: Sequence[int]) -> list[np.ndarray]:
+        """What the layers make of tokens that a sequence is given, a decode step each: residual rows `[D]`."""
+        self._fed = None
+        self.lookout.hear_tokens([row], None)
+        place, rows = self._rows.places([row])[0], []
+        for token in tokens:
+            began = time.perf_counter()
+            self._rows.tokens[row] = token
+            order, last, deferred = self._advance([row], ())
+            rows.append(np.asarray(last)[place])
+            self._end_step(order, deferred, began)
+        return rows
 
     def _union_of_paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
         """What a step of some rows is predicted to use, if there is somebody to hear it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ef_jax.errors import InputError
+from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.generation import Generation, Score
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.predict.fingerprint import model_fingerprint
@@ -25,7 +25,7 @@ from ef_jax.serving.output import Output
 from ef_jax.serving.request import Request
 from ef_jax.serving.submission import Submission
 from ef_jax.spec import ModelSpec
-from ef_jax.stats import Stats
+from ef_jax.stats import Stats, lossy_text
 from ef_jax.text import Tokenizer, require_tokenizer
 from ef_jax.timeline import Timeline
 
@@ -175,8 +175,14 @@ class LanguageModel:
             self._engine.prepare(len(ids), len(ids))
             return np.concatenate(list(self._engine.logits(ids, row)))
 
-    def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
+    def score(self, texts: Prompt | Sequence[Prompt], *, by_steps: bool = False) -> list[Score]:
         """How likely each text (or list of token ids) is, given its first token.
+
+        Args:
+          texts: one, or a list of them.
+          by_steps: run each token but the first in a decode step of its own, as if it had been generated, not the text
+            as a prompt. It takes longer; some lossy options act on decode steps alone. `stats.decode` counts the
+            steps; the time for logits is not in it.
 
         Raises:
           InputError: as `logits`; a text longer than the context must be cut by the caller. The model has an encoder.
@@ -190,8 +196,8 @@ class LanguageModel:
             ids = self.encode(text, room=0)
             total, done = 0.0, 0
             with self._batch.visit() as row:
-                self._engine.prepare(len(ids), len(ids))
-                for logits in self._engine.logits(ids, row):
+                self._engine.prepare(1 if by_steps else len(ids), len(ids))
+                for logits in (self._engine.logits_by_steps if by_steps else self._engine.logits)(ids, row):
                     targets = ids[done + 1 : done + 1 + len(logits)]
                     rows = logits[: len(targets)].astype(np.float64)
                     top = rows.max(axis=1, initial=-np.inf)
@@ -244,12 +250,19 @@ class LanguageModel:
 
         Raises:
           InputError: a trace is being recorded already, or `pregate` is more than the model's MoE layers.
+          UnsupportedError: tokens have fewer experts than the model's top-k, by `lossy_adaptive_experts`.
         """
+        lossy = self.stats.lossy or {}
+        if "lossy_adaptive_experts" in lossy:
+            raise UnsupportedError(
+                "a trace has top-k experts of every token: load without lossy_adaptive_experts to record one"
+            )
         recorder = Recorder(
             self.spec,
             block_bytes=self.plan.block_bytes,
             model=self.path.resolve().name,
             fingerprint=model_fingerprint(self.spec, self._engine.dense.routers(self.spec)),
+            lossy=lossy_text(lossy),
             weights=weights,
             probe=PregateProbe(self.spec, self._engine.dense, pregate) if pregate else None,
         )

@@ -64,6 +64,7 @@ class Recorder:
       block_bytes: bytes of one expert block.
       model: name of the model.
       fingerprint: of the model, empty if unknown.
+      lossy: what changes the run's results, in words.
       weights: record the router's weights too, as float16.
       probe: record the pre-gate scores that it computes, too.
     """
@@ -75,13 +76,14 @@ class Recorder:
         block_bytes: int,
         model: str,
         fingerprint: str = "",
+        lossy: str = "",
         weights: bool = False,
         probe: PregateProbe | None = None,
     ) -> None:
         self._layers, self._num_experts = len(spec.step_moe_layers), spec.experts.count
         self._encodes = spec.encodes
         self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
-        self._block_bytes, self._model, self._fingerprint = block_bytes, model, fingerprint
+        self._block_bytes, self._model, self._fingerprint, self._lossy = block_bytes, model, fingerprint, lossy
         self._weights, self._probe = weights, probe
         self._recorded: list[_Rows] = []
         self._pending: list[_Running] = []
@@ -145,6 +147,7 @@ class Recorder:
             model=self._model,
             fingerprint=self._fingerprint,
             block_bytes=self._block_bytes,
+            lossy=self._lossy,
             weights=_joined([part.weights for part in rows], places) if self._weights else None,
             pregate=_joined([part.pregate for part in rows], places) if self._probe is not None else None,
         )
