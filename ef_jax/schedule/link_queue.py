@@ -70,6 +70,20 @@ class LinkQueue:
             self.timeline.span(DEMAND, f"layer {layer}", begin, self._free_at, layer=layer, experts=list(experts))
         return self._free_at
 
+    def beside(self, layer: int, experts: Sequence[int], nbytes: int) -> float:
+        """As `demand`, of other bytes than the blocks' own, `nbytes` an expert; returns when they are across."""
+        self._begin_prefetches()
+        begin = max(self.clock.now, self._free_at)
+        seconds = self.model.latency + len(experts) * self.model.block_seconds(nbytes)
+        self._free_at = self._demand_until = begin + seconds
+        self._busy += seconds
+        self.bytes_moved += len(experts) * nbytes
+        self._meter.demand(seconds)
+        if self.timeline is not None:
+            name = f"layer {layer}, {nbytes} bytes each"
+            self.timeline.span(DEMAND, name, begin, self._free_at, layer=layer, experts=list(experts))
+        return self._free_at
+
     def withdraw(self) -> list[Key]:
         """See `PrefetchLink`."""
         self._meter.begin_layer(self.clock.now)

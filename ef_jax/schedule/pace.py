@@ -47,8 +47,8 @@ class PaceMeter:
         busy = self._mean_demand / self._mean_period if self._mean_period else 0.0
         return LinkPace(self.block_seconds, self.layer_seconds, max(0.0, 1.0 - busy))
 
-    def copied(self, blocks: int, seconds: float) -> None:
-        """`blocks` blocks have taken `seconds` of link time."""
+    def copied(self, blocks: float, seconds: float) -> None:
+        """`blocks` blocks, or smaller copies of so many blocks' bytes, have taken `seconds` of link time."""
         keep = (1 - _BLOCK_WEIGHT) ** blocks
         self.block_seconds += (1 - keep) * (seconds / blocks - self.block_seconds)
 
