@@ -7,6 +7,9 @@ from typing import Any
 from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.spec import ModelSpec
 
+LOW_GROUP = 32
+"""Weights that share a scale in 4 bits, unless said otherwise."""
+
 _FORMATS = ("int8", "int4")
 _MOST_BIAS = 64.0  # whose power is far from the largest float32
 _GROUPS = ("32", "64", "96", "128")
@@ -63,12 +66,26 @@ class LossyOptions:
         """Refuses what a model has no use for.
 
         Raises:
-          UnsupportedError: its tokens have one expert each, and experts are to be dropped.
+          UnsupportedError: its tokens have one expert each, and experts are to be dropped; or its experts cannot be
+            rounded to 4 bits, and missing ones are to be.
         """
         if self.adaptive_experts is not None and spec.experts.top_k == 1:
             raise UnsupportedError(
                 "lossy_adaptive_experts drops experts of a token, and this model's tokens have one each: leave it out"
             )
+        experts = spec.experts
+        if self.low_precision_miss is not None:
+            why = None
+            if experts.quantization is not None:
+                why = f"are {spec.block_dtype} already"
+            elif not experts.gated:
+                why = "have no gate"
+            elif experts.width % LOW_GROUP or spec.hidden % (2 * LOW_GROUP):
+                why = f"have sizes, {experts.width} and half of {spec.hidden}, that {LOW_GROUP} does not divide"
+            if why is not None:
+                raise UnsupportedError(
+                    f"lossy_low_precision_miss rounds missing experts to 4 bits, and this model's {why}: leave it out"
+                )
 
     def as_dict(self) -> dict[str, Any] | None:
         """Those that are on, by the names that `load` has for them; None: none, the run is lossless."""
@@ -84,7 +101,7 @@ def quantization(text: str) -> tuple[str, int | None]:
     """
     name, colon, group = text.partition(":") if isinstance(text, str) else ("", "", "")
     if name in _FORMATS and not colon:
-        return name, None if name == "int8" else 32
+        return name, None if name == "int8" else LOW_GROUP
     if name == "int4" and group in _GROUPS:
         return name, int(group)
     raise InputError(
