@@ -31,6 +31,11 @@ class PhaseStats:
         return cls(**{name: [0] * layers for name in counts})
 
     @property
+    def absent(self) -> int:
+        """Experts that had no slot when they were needed, whatever was done about it."""
+        return sum(map(sum, (self.misses, self.computed, self.skipped, self.low_precision)))
+
+    @property
     def bytes_moved(self) -> int:
         """Bytes over the link, of every kind."""
         return self.bytes_demand + self.bytes_prefetch + self.bytes_low_precision
@@ -194,7 +199,7 @@ class Stats:
         }
         lines = [" " * 8 + "".join(f" {name:>{width}}" for name, width in widths.items())]
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
-            hits, misses = sum(phase.hits) + sum(phase.late_hits), sum(phase.misses) + sum(phase.computed)
+            hits, misses = sum(phase.hits) + sum(phase.late_hits), phase.absent
             rate = phase.tokens / phase.seconds if phase.seconds else 0.0
             share = 100 * hits / (hits + misses) if hits + misses else 0.0
             moved = phase.bytes_moved / 1e6
