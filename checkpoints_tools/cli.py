@@ -73,7 +73,7 @@ def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namesp
         if options.quantize is not None:
             raise InputError(f"--quantize {options.quantize} is for conversions to orbax: leave it out")
         manifest = checkpoint.manifest
-        dtype = manifest.dtype
+        dtype = None if manifest.experts == "fp8" else manifest.dtype
         convert_to_huggingface(checkpoint, destination)
     else:
         other = "huggingface" if checkpoint.format == "converted" else "orbax"
@@ -100,8 +100,8 @@ def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namesp
 
 
 def _dequantized(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a conversion does beside reordering: FP8 weights come back as floats, and there is no way back to FP8."""
-    if isinstance(checkpoint, HuggingFaceCheckpoint) and checkpoint.fp8:
+    """What a conversion does beside reordering: FP8 weights become floats, and there is no way back to FP8."""
+    if isinstance(checkpoint, HuggingFaceCheckpoint) and checkpoint.dequantizes:
         return {"dequantized": f"fp8 to {checkpoint.spec.dtype}"}
     return {}
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from checkpoints_tools.destination import check_new, staged
 from ef_jax.errors import CheckpointError, UnsupportedError
+from ef_jax.families import FP8_AS_RELEASED
 from ef_jax.progress import Progress
 from ef_jax.weights.converted import SOURCE, ConvertedCheckpoint
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, plain_file_name, read_json_object, read_text_file
-from ef_jax.weights.dtypes import DTYPE_OF_CODE, as_bits, as_bytes, holds_exactly
+from ef_jax.weights.dtypes import STORED_DTYPES, as_bits, as_bytes, holds_exactly
+from ef_jax.weights.fp8 import FP8_CODE, SCALE_DTYPES, quantize
 from ef_jax.weights.huggingface import copy_rows
-from ef_jax.weights.layout import Piece
+from ef_jax.weights.layout import FP8_SCALES, Piece
 from ef_jax.weights.manifest import HEADERS_FILE
 from ef_jax.weights.mxfp4 import unpack
 from ef_jax.weights.safetensors import TensorEntry, parse_header
@@ -44,9 +46,10 @@ def convert_to_huggingface(source: ConvertedCheckpoint, destination: Path, show_
     directory = source.path / SOURCE
     headers = _headers(directory / HEADERS_FILE)
     tensors = {name: parse_header(header, f"{HEADERS_FILE}: {name}") for name, header in headers.items()}
-    _check_tensors(source, {tensor: entry for file in tensors.values() for tensor, entry in file.items()})
+    stored = {tensor: entry for file in tensors.values() for tensor, entry in file.items()}
+    _check_tensors(source, stored)
     check_new(destination, source.nbytes + sum(map(len, headers.values())))
-    origin = _Origin(source)
+    origin = _Origin(source, stored)
     with (
         Progress(source.nbytes, "B", "writing", enabled=show_progress) as progress,
         staged(destination) as stage,
@@ -64,8 +67,8 @@ def _write_file(
 ) -> None:
     file.write(struct.pack("<Q", len(header)))
     file.write(header)
-    for name, entry in tensors.items():
-        for part in origin.parts(name, entry.dtype):
+    for name in tensors:
+        for part in origin.parts(name):
             file.write(as_bytes(part))
             progress.update(part.nbytes)
 
@@ -73,8 +76,8 @@ def _write_file(
 class _Origin:
     """Where each Hugging Face tensor's bytes are in a converted checkpoint."""
 
-    def __init__(self, source: ConvertedCheckpoint) -> None:
-        self._source = source
+    def __init__(self, source: ConvertedCheckpoint, stored: dict[str, TensorEntry]) -> None:
+        self._source, self._stored = source, stored
         self._pieces: dict[str, list[tuple[Piece, _Key]]] = defaultdict(list)
         layout, spec = source.layout, source.spec
         for name, array in layout.dense.items():
@@ -92,8 +95,8 @@ class _Origin:
         self._block_key: tuple[int, int] | None = None
         self._dense: dict[str, np.ndarray] = {}
 
-    def parts(self, tensor: str, code: str) -> Iterator[np.ndarray]:
-        """The tensor's bytes in dtype `code`, as contiguous arrays in order; each is valid until the next."""
+    def parts(self, tensor: str) -> Iterator[np.ndarray]:
+        """The tensor's bytes as stored, as contiguous arrays in order; each is valid until the next."""
         if tensor in self._source.manifest.extra:
             yield self._source.read_extra(tensor)
             return
@@ -113,7 +116,17 @@ class _Origin:
                 part = np.empty(piece.shape, view.dtype)
                 copy_rows(view, part)
                 view = part
-            yield view.astype(piece.dtype or DTYPE_OF_CODE[code], copy=False)
+            code = self._stored[tensor].dtype
+            if code == FP8_CODE and piece.dtype is None:
+                first_row = piece.start // self._stored[tensor].shape[1]
+                yield quantize(view, self._scales(tensor), FP8_AS_RELEASED, first_row)
+            else:
+                yield view.astype(STORED_DTYPES[code], copy=False)
+
+    def _scales(self, tensor: str) -> np.ndarray:
+        entry = self._stored[tensor + FP8_SCALES]
+        stored = self._source.read_extra(tensor + FP8_SCALES).view(SCALE_DTYPES[entry.dtype])
+        return stored.astype(np.float32).reshape(entry.shape)
 
     def _array(self, key: _Key) -> np.ndarray:
         # A file names an expert's three tensors in a row, as it does those of a fused array, so that holding what the
@@ -150,11 +163,21 @@ def _check_tensors(source: ConvertedCheckpoint, stored: dict[str, TensorEntry]) 
         expected["lm_head.weight"] = expected[_embedding(source)]
     extra = source.manifest.extra
     weights = {name: entry for name, entry in stored.items() if name not in extra}
-    buffers = {name: entry.nbytes for name, entry in stored.items() if name in extra}
+    buffers = {name: entry for name, entry in stored.items() if name in extra}
     fits = weights.keys() == expected.keys() and all(
         entry.shape == expected[name].shape
-        and holds_exactly(expected[name].dtype or dtype, entry.dtype, widens=expected[name].dtype is not None)
+        and (
+            holds_exactly(expected[name].dtype or dtype, entry.dtype, widens=expected[name].dtype is not None)
+            or _is_fp8(entry, buffers.get(name + FP8_SCALES))
+        )
         for name, entry in weights.items()
     )
-    if not fits or buffers != extra:
+    if not fits or {name: entry.nbytes for name, entry in buffers.items()} != extra:
         raise CheckpointError(f"{str(source.path)!r}: {SOURCE}/{HEADERS_FILE} and source/config.json disagree")
+
+
+def _is_fp8(weight: TensorEntry, scales: TensorEntry | None) -> bool:
+    """Whether a weight is FP8 that is held as floats, with its scales beside it."""
+    if weight.dtype != FP8_CODE or scales is None or len(weight.shape) != 2:
+        return False
+    return scales.dtype in SCALE_DTYPES and scales.shape == FP8_AS_RELEASED.scales_of(weight.shape)

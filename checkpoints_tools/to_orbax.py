@@ -31,12 +31,20 @@ from checkpoints_tools.destination import (
     staged,
     write_atomically,
 )
-from ef_jax.errors import CheckpointError, InputError
+from ef_jax.errors import CheckpointError, InputError, UnsupportedError
 from ef_jax.progress import Progress
 from ef_jax.weights import Checkpoint
 from ef_jax.weights.converted import DENSE, SOURCE, block_name, layer_dir
 from ef_jax.weights.directory import CARRIED_FILES, INDEX_FILE, read_text_file
-from ef_jax.weights.dtypes import BITS_OF_CODE, CODE_OF_NAME, as_bytes, check_dtype_name, holds_exactly
+from ef_jax.weights.dtypes import (
+    BITS_OF_CODE,
+    CODE_OF_NAME,
+    WEIGHT_DTYPES,
+    as_bytes,
+    check_dtype_name,
+    holds_exactly,
+)
+from ef_jax.weights.fp8 import comes_back
 from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 from ef_jax.weights.manifest import HEADERS_FILE, NAME, Manifest, is_converted, read_manifest
 from ef_jax.weights.quantized import QuantizedCheckpoint
@@ -73,13 +81,15 @@ def convert_to_orbax(
 
     Raises:
       CheckpointError: the source cannot be read or holds NaN; the destination is removed.
+      UnsupportedError: its FP8 weights could not be had back.
       InputError: the experts cannot be so quantized; the destination cannot be used or written. What was finished of
         it stays, for resuming.
     """
     blocks = source if quantize is None else QuantizedCheckpoint(source, quantize)
+    _check_way_back(source)
     read = {name: file for name, file in source.files.items() if file.tensors.keys() - source.left_out}
     headers = {name: _header_in_dtype(source, file) for name, file in read.items()}
-    files = _source_files(source, headers, converts=dtype is not None or bool(source.fp8))
+    files = _source_files(source, headers, converts=dtype is not None or source.dequantizes)
     quantization = None if quantize is None else blocks.spec.block_dtype
     arrays = len(source.layout.dense) + len(source.extra) + source.spec.total_experts
     weights_bytes = sum(_tensor_bytes(header) for header in headers.values())
@@ -93,13 +103,14 @@ def convert_to_orbax(
         files={name: zlib.crc32(data) for name, data in files.items()},
         quantization=quantization,
     )
+    needed = weights_bytes + _bytes_of_dequantizing(source) + arrays * _OVERHEAD_BYTES_PER_ARRAY
     if is_converted(destination):
         done = _unfinished(destination, manifest)
         left = 1 - len(done.layers) / len(source.spec.moe_layers)
-        check_space(destination, int(left * (weights_bytes + arrays * _OVERHEAD_BYTES_PER_ARRAY)))
+        check_space(destination, int(left * needed))
         manifest = done
     else:
-        check_new(destination, weights_bytes + arrays * _OVERHEAD_BYTES_PER_ARRAY + sum(map(len, files.values())))
+        check_new(destination, needed + sum(map(len, files.values())))
         with staged(destination) as stage:
             (stage / SOURCE).mkdir()
             for name, data in files.items():
@@ -256,6 +267,25 @@ def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes], quantiz
     return digest.hexdigest()
 
 
+def _check_way_back(source: HuggingFaceCheckpoint) -> None:
+    """Beside FP8 experts, other FP8 weights are written as floats and their scales beside them: refuse those that
+    cannot be divided by their scales again."""
+    for name, weight in {} if source.dequantizes else source.fp8.items():
+        dtype = source.expected[name].dtype or source.spec.dtype
+        if not comes_back(source.read_scales(weight), dtype):
+            raise UnsupportedError(
+                f"{str(source.path)!r}: {weight.scales!r} holds scales that take FP8 out of the range of {dtype}, from"
+                f" which there would be no way back: convert with a --dtype"
+            )
+
+
+def _bytes_of_dequantizing(source: HuggingFaceCheckpoint) -> int:
+    """What FP8 weights that are written as floats need beyond their bytes in the headers."""
+    weights = [] if source.dequantizes else [source.expected[name] for name in source.fp8]
+    itemsizes = [WEIGHT_DTYPES[weight.dtype or source.spec.dtype].itemsize for weight in weights]
+    return sum(math.prod(weight.shape) * (size - 1) for weight, size in zip(weights, itemsizes, strict=True))
+
+
 def _source_files(source: HuggingFaceCheckpoint, headers: dict[str, bytes], converts: bool) -> dict[str, bytes]:
     """What goes into source/: the text files, speaking of the new dtype if there is one, and every header."""
     names = [name for name in (*CARRIED_FILES, INDEX_FILE) if (source.path / name).is_file()]
@@ -298,7 +328,7 @@ def _header_in_dtype(source: HuggingFaceCheckpoint, file: SafetensorsFile) -> by
 
 def _code(source: HuggingFaceCheckpoint, name: str, stored: str) -> str:
     """The dtype that a tensor has in the converted checkpoint's headers, and so on the way back."""
-    if name in source.extra and name != _HEAD:
+    if (name in source.extra and name != _HEAD) or (name in source.fp8 and not source.dequantizes):
         return stored
     held = source.expected[name].dtype if name in source.expected else None
     if held is None:

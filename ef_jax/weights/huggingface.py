@@ -110,6 +110,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         for part in form.split(out).values():
             check_finite(part, f"layer {layer} expert {expert}", self.path)
 
+    @property
+    def dequantizes(self) -> bool:
+        """Whether weights that are FP8 on disk, experts among them, become floats for good."""
+        return bool(self.fp8) and self.spec.experts.quantization != "fp8"
+
     def read_extra(self, name: str) -> np.ndarray:
         """One of the `extra` tensors as raw bytes, uint8 `[nbytes]`."""
         file = self._file_of[name]
@@ -220,7 +225,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _read_fp8(self, piece: Piece, array: np.ndarray) -> None:
         """Read a run of rows of an FP8 matrix into its place in `array`, strip by strip."""
         file, weight, place = self._file_of[piece.tensor], self.fp8[piece.tensor], piece.view(array)
-        scales = self._read_scales(weight)
+        scales = self.read_scales(weight)
         columns = file.tensors[piece.tensor].shape[1]
         rows = max(1, _STRIP_BYTES // (columns * array.itemsize))
         for first in range(0, len(place), rows):
@@ -240,7 +245,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             if piece.axes is not None:
                 copy_rows(floats, strip_place)
 
-    def _read_scales(self, weight: Fp8Weight) -> np.ndarray:
+    def read_scales(self, weight: Fp8Weight) -> np.ndarray:
+        """The scales of one of `fp8`, float32 `[row blocks, column blocks]`."""
         file = self._file_of[weight.scales]
         entry = file.tensors[weight.scales]
         stored = np.empty(entry.shape, SCALE_DTYPES[entry.dtype])
