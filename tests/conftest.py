@@ -1,7 +1,12 @@
 """Settings of the whole suite: CPU unless a GPU run is asked for, no network, types and shapes checked at run time."""
 
+import atexit
+import contextlib
 import gc
 import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +14,19 @@ import pytest
 # Before the first import of jax and transformers. EF_JAX_TEST_GPU=1 leaves the platform to jax.
 if os.environ.get("EF_JAX_TEST_GPU") != "1":
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA takes most of a run's time, so every program is compiled once for all processes of a run: the first of them
+    # makes the directory and removes it. One that JAX_COMPILATION_CACHE_DIR names is kept, and later runs gain too.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ef_jax_compiled.")
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import hypothesis
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import install_import_hook
 
 from tests.cuda import aot
@@ -51,6 +64,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("run with EF_JAX_TEST_SLOW=1")
     if item.get_closest_marker("cuda_compile") and (reason := aot.missing()):
         pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Within it, no program comes from the cache of compiled ones."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What is compiled for an H100 is looked at: by its assembler's report, and as text."""
+    with compiled_anew() if item.get_closest_marker("cuda_compile") else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="module")
