@@ -60,8 +60,9 @@ def quantized_spec(spec: ModelSpec, quantization: str) -> ModelSpec:
     format, group = parse(quantization)
     experts = spec.experts
     if experts.quantization is not None:
+        fix = "give a dtype too, to read them as floats" if experts.quantization == "fp8" else "leave that out"
         raise UnsupportedError(
-            f"the experts are {spec.block_dtype} already and cannot be quantized to {quantization}: leave that out"
+            f"the experts are {spec.block_dtype} already and cannot be quantized to {quantization}: {fix}"
         )
     if not experts.gated:
         raise UnsupportedError(

@@ -1,0 +1,34 @@
+"""Experts in int8 and int4: offloaded runs are the all-resident runs of the same blocks, bit for bit, with fewer bytes
+moved."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ef_jax
+
+IDS = np.random.default_rng(0).integers(1, 4096, 24).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "label", "share"),
+    [("int4", "int4:32", 0.282), pytest.param("int8", "int8", 0.518, marks=pytest.mark.slow)],
+)
+def test_offloaded_is_all_resident_bit_for_bit(quantization: str, label: str, share: float) -> None:
+    def run(fraction: float) -> tuple[Any, np.ndarray, list[int]]:
+        lm = ef_jax.load(expert_fraction=fraction, context=32, chunk=24, lossy_quantize=quantization, progress=False)
+        logits = np.asarray(lm.logits(IDS)).view(np.uint32)
+        return lm, logits, lm.generate([IDS[:8]], max_new_tokens=12, ignore_eos=True)[0].tokens
+
+    resident, expected, tokens = run(1.0)
+    lm, logits, ours = run(0.25)
+    assert np.array_equal(logits, expected)
+    assert ours == tokens
+    stats, plan = lm.stats.as_dict(), lm.plan
+    assert resident.stats.as_dict()["bytes_demand"] == 0
+    assert plan.slots < plan.experts
+    assert stats["bytes_demand"] == stats["misses"] * plan.block_bytes > 0
+    assert plan.block_bytes == pytest.approx(share * 3 * 64 * 192 * 2, rel=0.01), "scales included"
+    assert stats["lossy"] == {"lossy_quantize": label}
+    assert label in str(plan)
