@@ -9,7 +9,9 @@ from ef_jax.memory.residency import Residency
 from ef_jax.planning import plan_model
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.prefetching import DISTANCES, Prefetching
+from ef_jax.runtime.compute_in_place import ComputeInPlace, check_miss
 from ef_jax.runtime.engine import Engine
+from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
 from ef_jax.schedule.device_link import DeviceLink
@@ -51,6 +53,8 @@ class EmulatedModels:
         policy: str = "lru",
         candidates: str = "value",
         order: str = "auto",
+        miss: str = "fetch",
+        host_kind: type[HostExperts] = HostExperts,
         link_kind: type[EmulatedLink] = EmulatedLink,
         device_link_kind: type[DeviceLink] = DeviceLink,
         **link_options: Any,
@@ -63,6 +67,8 @@ class EmulatedModels:
           prefetch, policy, candidates, order: as for `ef_jax.load`.
           predictor: "pregate", which the programs compute, with their correction if they have one; "history"; or an
             object, which hears the programs' bins. None: none, and programs that compute nothing of coming layers.
+          miss: as for `ef_jax.load`.
+          host_kind: what computes missing experts, if `miss` says so.
           link_kind, device_link_kind: what the engine's link is made of.
           **link_options: further options of `link_kind`.
         """
@@ -87,6 +93,11 @@ class EmulatedModels:
         elif predictor == "history":
             predictor = History(**shape)
         real = device_link_kind(spec, self._store, device, slots=total, mode="in_program")
+        emulated = link_kind(real, link, **link_options)
+        handlers = []
+        if (checked := check_miss(miss)) != "fetch":
+            host = host_kind(spec, self._looking.kernels, batch=plan.batch, device=device)
+            handlers.append(ComputeInPlace(host, self._store, emulated, checked))
         engine = Engine(
             spec,
             plan,
@@ -98,12 +109,13 @@ class EmulatedModels:
                 staging_slots=total - slots,
                 policy=make_policy(policy, **shape, cache_slots=slots),
             ),
-            link_kind(real, link, **link_options),
+            emulated,
             device,
             look_ahead=looking,
             predictor=predictor,
             prefetching=Prefetching(prefetch=prefetch, predictor="none" if predictor is None else "pregate"),
             candidates=candidates,
             order=order,
+            miss_handlers=handlers,
         )
         return LanguageModel(lm.path, spec, engine, lm.tokenizer)

@@ -96,7 +96,7 @@ class ComputeInPlace:
         began = time.perf_counter()
         try:
             inputs = host.inputs(routed.h, routed.weights)
-            places, ends = _rows_by_expert(np.asarray(routed.ids), kept)
+            places, ends = rows_by_expert(np.asarray(routed.ids), kept)
             around = time.perf_counter() - began
             computed = host.begin(outputs)
             for expert, of, to in zip(kept, places, ends, strict=True):
@@ -127,7 +127,7 @@ class ComputeInPlace:
         }
 
 
-def _rows_by_expert(
+def rows_by_expert(
     ids: Int32[np.ndarray, "B 1 K"], experts: Sequence[int]
 ) -> tuple[list[Int[np.ndarray, " n"]], list[Int[np.ndarray, " n"]]]:
     """Of each expert the places of its rows in the flat ids, by token, and their rows in the outputs of

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ef_jax.errors import UnsupportedError
 from ef_jax.memory.host_store import aligned_empty
@@ -98,7 +98,7 @@ class HostExperts:
 
     def probe(self, rows: int) -> float:
         """Seconds that `run` takes for an expert of so many rows: the median of a few blocks that no cache holds."""
-        blocks = [jax.device_put(self._any_block(), self._blocks) for _ in range(1 + _PROBES)]
+        blocks = [jax.device_put(self.any_block(), self._blocks) for _ in range(1 + _PROBES)]
         h, weights = (jnp.ones(of.shape, of.dtype, device=self._host) for of in self._inputs)
         places = np.arange(rows, dtype=np.int32)
         seconds = []
@@ -113,14 +113,14 @@ class HostExperts:
         does not."""
         if not self.shares_device:
             return None
-        blocks, seconds = [self._any_block() for _ in range(1 + _PROBES)], []
+        blocks, seconds = [self.any_block() for _ in range(1 + _PROBES)], []
         for block in blocks[1:]:
             began = time.perf_counter()
             np.copyto(blocks[0], block)
             seconds.append(time.perf_counter() - began)
         return statistics.median(seconds)
 
-    def _any_block(self) -> np.ndarray:
+    def any_block(self) -> np.ndarray:
         """A block of weights that are small numbers, in memory that is really there."""
         block = aligned_empty(self._block.shape, self._block.dtype)
         block.view(np.uint8)[:] = _SMALL
@@ -138,8 +138,8 @@ class HostExperts:
         self,
         block: Shaped[Array, "*block"],
         inputs: tuple[Any, Any],
-        places: Int32[np.ndarray, " n"],
-        to: Int32[np.ndarray, " n"],
+        places: Int[np.ndarray, " n"],
+        to: Int[np.ndarray, " n"],
         outputs: Float[Array, "M D"],
     ) -> Float[Array, "M D"]:
         """`outputs` with the rows of one expert in them; waits until they are there.
