@@ -36,23 +36,10 @@ import numpy as np
 from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.program_memory import program_memory
 from ef_jax.memory.slot_pool import pool_shapes
-from ef_jax.nn import (
-    QUERY_BLOCK,
-    combine,
-    layer_definition,
-    merge_layer,
-    merge_top,
-    top_definition,
-)
+from ef_jax.nn import QUERY_BLOCK, combine, layer_definition, merge_layer, merge_top, top_definition
 from ef_jax.runtime import pass_shapes, steps
 from ef_jax.runtime.expert_kernels import ExpertKernels
-from ef_jax.runtime.look_ahead import (
-    LookAheadSpec,
-    absorb_chunk,
-    look_from_layer,
-    look_from_token,
-    report_routes,
-)
+from ef_jax.runtime.look_ahead import LookAheadSpec, absorb_chunk, look_from_layer, look_from_token, report_routes
 from ef_jax.runtime.low_precision import LowPrecision
 from ef_jax.runtime.program_arguments import ProgramArguments
 from ef_jax.runtime.rows import put, take
@@ -443,17 +430,7 @@ class Programs(ProgramArguments):
         positions, rows = places
         lift = None if held is None else jnp.where(held, jnp.float32(self.lossy.cache_bias), 0)
         entered, cache = steps.enter_layer(
-            self.spec,
-            kind,
-            leaves,
-            x,
-            cache,
-            positions,
-            reach,
-            span,
-            rows,
-            share=self.lossy.adaptive_experts,
-            lift=lift,
+            self.spec, kind, leaves, x, cache, positions, reach, span, rows, share=self.lossy.adaptive_experts, lift=lift
         )
         if not isinstance(entered, steps.Routed):
             return entered, cache, None
