@@ -1,6 +1,8 @@
 """The configurations of released models: read, counted, planned, and described by the commands."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ def test_info(name: str, run: Callable[..., str]) -> None:
     assert model["family"] == FAMILY_OF[name]
     assert model["parameters"] > model["active_parameters"] > 0
     assert model["expert_bytes"] == model["experts"] * model["block_bytes"]
+
+
+def test_experts_released_in_fp8_take_a_byte_a_weight_and_their_scales() -> None:
+    for name in ("deepseek-v3", "kimi-k2-instruct", "minimax-m2"):
+        spec = spec_from_config(read_config(name))
+        weights = math.prod(spec.block_shape)
+        assert weights % 128**2 == 0
+        assert spec.block_bytes == weights + weights // 128**2 * 4
+        halves = dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, quantization=None))
+        assert spec.block_bytes / halves.block_bytes == pytest.approx(0.5, rel=3e-4)
 
 
 def test_info_for_people(run: Callable[..., str]) -> None:

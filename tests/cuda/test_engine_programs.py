@@ -86,6 +86,7 @@ DEEPSEEK_V3_LIKE = dataclasses.replace(
         scale=2.5,
         dtype="f32",
     ),
+    experts=ExpertSpec(count=32, top_k=8, width=256, quantization="fp8"),
     shared=SharedExpertSpec(width=256, gated=False),
     dense_width=512,
 )
@@ -158,7 +159,7 @@ def looking(spec: ModelSpec, corrected: bool) -> LookAheadSpec:
     ],
     ids=[
         *("-".join(names) for names in itertools.product(("moe", "dense-and-shared"), ("no", "pregate", "corrected"))),
-        "latent-attention-and-groups",
+        "latent-attention-groups-and-fp8",
         "delta-net",
         "mxfp4-and-biases",
         "biases",
