@@ -16,9 +16,9 @@ def open_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint:
     Args:
       path: a Hugging Face model directory (config.json and safetensors) or a converted checkpoint.
       dtype: "bfloat16", "float16" or "float32" converts weights while they are read (Hugging Face only). None hands
-        them out as stored, and demands that all of them are stored in the dtype that config.json names. FP8 weights
-        with block scales are handed out in that dtype either way; MXFP4 experts stay as they are, and only their biases
-        and the dense arrays have a dtype.
+        them out as stored, and demands that all of them are stored in the dtype that config.json names. FP8 experts
+        with a scale for 128 x 128 weights stay FP8 where no dtype is given; all other FP8 weights are handed out in the
+        one or the other dtype. MXFP4 experts stay as they are, and only their biases and the dense arrays have a dtype.
 
     Raises:
       CheckpointError: something is missing, truncated, unexpected or malformed.
