@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
-from ef_jax.errors import InputError, UnsupportedError
+from ef_jax.errors import InputError
 from ef_jax.lossy import LossyOptions
-from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.host_store import HostStore, Store
 from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
@@ -19,6 +19,7 @@ from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.nn import settle_rope
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.nn.routing_path import RoutingPathSpec
+from ef_jax.paging import check_host_memory, check_paging, make_tier
 from ef_jax.planning import make_request, plan_model
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
@@ -32,7 +33,9 @@ from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.expert_kernels import choose_kernels
 from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.light_misses import light_misses
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
+from ef_jax.runtime.low_precision import FORMAT as LOW_PRECISION
 from ef_jax.runtime.miss_handlers import MissHandler
 from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.schedule.async_link import AsyncLink
@@ -45,12 +48,10 @@ from ef_jax.schedule.waste import check_most_wasted
 from ef_jax.spec import ModelSpec
 from ef_jax.text import Tokenizer
 from ef_jax.weights import open_checkpoint
+from ef_jax.weights.block_reader import check_checksums
 from ef_jax.weights.quantized import QuantizedCheckpoint
 
 _LOG = logging.getLogger("ef_jax")
-
-_NOT_YET = {
-}
 
 
 def bundled_model() -> Path:
@@ -63,6 +64,8 @@ def load(
     *,
     device_memory: str | int | None = None,
     expert_fraction: float | None = None,
+    host_memory: str | int | None = None,
+    disk_checksums: str = "first",
     batch: int = 1,
     sequences: int | None = None,
     context: int | None = None,
@@ -95,6 +98,12 @@ def load(
       device_memory: device budget, for example `"8GiB"`. Everything the run puts on the device fits in it.
       expert_fraction: instead of a budget, the share of all experts that get a cache slot; 1.0 is the all-resident
         run. With neither, 90 % of a GPU's memory, or half of the experts on CPU.
+      host_memory: host memory for experts, for example `"16GiB"`: those that it does not hold are read from disk when
+        they are needed, or before by what `predictor` says, see `ef_jax.schedule.host_tier`. It changes no result. A
+        converted checkpoint is read past the page cache; an original costs work and page cache at every read. None: all
+        experts are in host memory.
+      disk_checksums: when a block that is read from a converted checkpoint is compared with its checksum: "first" at
+        its first read and whenever its file has changed, "always", or "never".
       batch: sequences that run together. A prompt's result does not depend on its company.
       sequences: sequences that are held at once, each with keys and values of its own; None: `batch`. With more, the
         token scheduler forms batches of sequences that are likely to use the same experts.
@@ -148,8 +157,6 @@ def load(
         low_precision_miss=lossy_low_precision_miss,
         quantize=lossy_quantize,
     )
-    for name in _NOT_YET & (lossy.as_dict() or {}).keys():
-        raise UnsupportedError(f"{name} does not work yet: leave it out")
     device = device or jax.devices()[0]
     with open_checkpoint(bundled_model() if path is None else path, dtype) as stored:
         checkpoint = stored if lossy.quantize is None else QuantizedCheckpoint(stored, lossy.quantize)
@@ -159,9 +166,13 @@ def load(
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
         request = make_request(
-            spec, device, device_memory=device_memory, expert_fraction=expert_fraction, batch=batch,
-            sequences=sequences, context=context, chunk=chunk,
+            spec, device, device_memory=device_memory, expert_fraction=expert_fraction, host_memory=host_memory,
+            batch=batch, sequences=sequences, context=context, chunk=chunk,
         )  # fmt: skip
+        checksums = check_checksums(disk_checksums)
+        pages = request.host_memory is not None and request.host_memory < spec.total_experts * spec.block_bytes
+        if pages:
+            check_paging(lossy, quantizes=checkpoint is not stored)
         spec = settle_rope(spec, request.context)
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
@@ -174,6 +185,7 @@ def load(
             overlaps=overlaps,
             policy_listens=POLICIES[policy].wants_predictions,
             regroups=(request.rows or request.batch) > request.batch,
+            pages=pages,
         )
         checked_order, checked_miss = check_order(order), check_miss(miss)
         check_candidates(candidates)
@@ -194,13 +206,23 @@ def load(
             prefetches=prefetches,
             lossy=lossy,
         )
-        check_host_pool(spec, device.platform)
+        check_host_pool(plan.host_bytes, device.platform)
+        check_host_memory(plan, device)
         _LOG.info("%s", plan)
         if on_plan is not None:
             on_plan(plan)
-        with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
+        in_all = plan.dense + (0 if pages else plan.host_bytes) + plan.host_light_misses
+        with Progress(in_all, "B", "loading", enabled=progress) as bar:
             dense = DenseWeights.load(checkpoint, device, advance=bar.update)
-            store = HostStore.load(checkpoint, device, advance=bar.update, threads=min(8, max(2, os.cpu_count() or 1)))
+            tier = None
+            if pages:
+                again = open_checkpoint(checkpoint.path, dtype)
+                tier = make_tier(spec, plan, again, device, policy=policy, checksums=checksums)
+            threads = min(8, max(2, os.cpu_count() or 1))
+            store: Store = tier or HostStore.load(checkpoint, device, advance=bar.update, threads=threads)
+            few_bits = None
+            if plan.host_light_misses:
+                few_bits = HostStore.load(QuantizedCheckpoint(checkpoint, LOW_PRECISION), device, advance=bar.update)
     pool_slots = plan.slots + plan.staging_slots
     device_link: DeviceLink
     if mode == "async" and emulated is None:
@@ -219,6 +241,8 @@ def load(
         settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
     link = device_link if emulated is None else EmulatedLink(device_link, emulated)
     handlers: list[MissHandler] = []
+    if plan.slots < spec.total_experts:
+        handlers += light_misses(programs, link, few_bits, device, mode=mode)
     if checked_miss != "fetch" and plan.slots < spec.total_experts:
         host = HostExperts(spec, kernels, batch=plan.batch, device=device)
         handlers.append(ComputeInPlace(host, store, link, checked_miss))
@@ -239,6 +263,7 @@ def load(
         order=checked_order,
         miss_handlers=handlers,
         lossy=lossy,
+        below=tier,
     )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
 

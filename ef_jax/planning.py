@@ -19,6 +19,7 @@ from ef_jax.nn import dense_shapes
 from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.runtime.expert_kernels import ExpertKernels, choose_kernels
 from ef_jax.runtime.look_ahead import LookAheadSpec, look_ahead_bytes
+from ef_jax.runtime.low_precision import LowPrecision
 from ef_jax.runtime.programs import Programs
 from ef_jax.runtime.routing_paths import routing_path_bytes
 from ef_jax.schedule.async_link import blocks_ahead
@@ -36,6 +37,7 @@ def make_request(
     *,
     device_memory: str | int | None = None,
     expert_fraction: float | None = None,
+    host_memory: str | int | None = None,
     batch: int = 1,
     sequences: int | None = None,
     context: int | None = None,
@@ -61,6 +63,7 @@ def make_request(
     return MemoryRequest(
         device_memory=budget,
         expert_fraction=expert_fraction,
+        host_memory=None if host_memory is None else parse_bytes(host_memory),
         batch=batch,
         rows=sequences,
         context=context,
@@ -92,6 +95,12 @@ def plan_model(
     if routing_path is not None:
         predicting += routing_path_bytes(routing_path, rows=rows, context=request.context)
 
+    kernels = kernels or choose_kernels(spec, device)
+    low, low_bytes = None, 0
+    if lossy.low_precision_miss is not None:
+        low = LowPrecision.of(spec, kernels, batch=request.batch, device=device)
+        low_bytes = low.slots * low.spec.block_bytes * (2 if transfer_blocks else 1)
+
     def fixed(workspace: int) -> FixedBytes:
         return FixedBytes(
             dense=sum(shape.size * shape.dtype.itemsize for shape in dense_shapes(spec).values()),
@@ -102,9 +111,10 @@ def plan_model(
             transfer_blocks=transfer_blocks,
             transfer_rings=transfer_rings,
             prefetch_blocks=blocks_ahead(spec.block_bytes) if prefetches and mode == "async" else 0,
+            light_misses=low_bytes,
+            host_light_misses=0 if low is None else low.host_bytes,
         )
 
-    kernels = kernels or choose_kernels(spec, device)
     readable = functools.partial(kernels.take, spec)
 
     # Compiled for the slots of a plan without workspace, then for those that the measured workspace leaves. A budget
@@ -124,6 +134,7 @@ def plan_model(
         sharding=jax.sharding.SingleDeviceSharding(device),
         kernels=kernels,
         look_ahead=look_ahead,
+        low_precision=low,
         lossy=lossy,
     )
     while True:

@@ -50,6 +50,7 @@ def settle(
     overlaps: bool,
     policy_listens: bool = False,
     regroups: bool = False,
+    pages: bool = False,
 ) -> Prefetching:
     """Check options and fill in defaults.
 
@@ -61,12 +62,14 @@ def settle(
       routing_path: the directory of a trained routing-path predictor, or None.
       overlaps: copies can run while the device computes.
       policy_listens: the cache's policy has a use for predictions.
+      pages: part of the experts is on disk, and is read ahead unless `prefetch` is off: reads take no core.
       regroups: there are more sequences than a step runs, so that the token scheduler has a use for predicted paths.
 
     Raises:
       InputError: no such option, or one that cannot take effect.
     """
     horizon = _horizon(prefetch, len(spec.moe_layers))
+    ahead = horizon != "off" and pages
     off_because = None
     if not overlaps and horizon == "auto":
         horizon, off_because = "off", "copies run on the cores that compute, so there is nothing to hide them behind"
@@ -76,7 +79,7 @@ def settle(
             'copy_mode="async", an emulated link, or prefetch="off"'
         )
     if predictor is None:
-        predictor = "pregate" if horizon != "off" else "history" if routing_path and policy_listens else "none"
+        predictor = "pregate" if ahead or horizon != "off" else "history" if routing_path and policy_listens else "none"
     path = None if routing_path is None else Path(routing_path)
     if path is not None:
         if not path.is_dir():

@@ -17,6 +17,7 @@ from ef_jax.new_file import new_file
 
 STEPS, COMPUTE, STALLS = "steps", "compute", "stalls"
 DEMAND, PREFETCH = "copies: demand", "copies: prefetch"
+DISK = "reads"
 TRACKS = (STEPS, COMPUTE, STALLS, DEMAND, PREFETCH)
 
 _LIMIT = 250_000

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ef_jax.memory.plan import MemoryRequest
     from ef_jax.spec import ModelSpec
 
-_NEEDED = ("machine", "bandwidth", "host_memory", "trace")
+_NEEDED = ("machine", "bandwidth", "trace")
 
 
 def add_forecast_options(parser: argparse.ArgumentParser) -> None:
-    """`--forecast`, and what it goes by."""
+    """`--forecast`, and what it goes by; `--host-memory` is then the RAM of the machine."""
     group = parser.add_argument_group("forecast")
     group.add_argument("--forecast", action="store_true", help="also say how fast it will be, by arithmetic")
     group.add_argument(
@@ -30,7 +30,6 @@ def add_forecast_options(parser: argparse.ArgumentParser) -> None:
         help="where: a machine known by name, or a profile of ef-jax doctor (default: what ef-jax doctor has measured)",
     )
     group.add_argument("--bandwidth", metavar="RATE[+LATENCY]", help="of the link, one way, for example 25GB/s")
-    group.add_argument("--host-memory", metavar="SIZE", help="RAM, for example 64GiB")
     group.add_argument("--trace", metavar="FILE", help="recorded routing to replay for the hit rate, of ef-jax trace")
 
 
@@ -59,7 +58,7 @@ def chosen_machine(options: argparse.Namespace) -> "Machine | None":
     if options.bandwidth is not None:
         machine = machine.with_link(LinkModel.parse(options.bandwidth))
     if options.host_memory is not None:
-        machine = dataclasses.replace(machine, host_memory=parse_bytes(options.host_memory))
+        machine = dataclasses.replace(machine, host_memory=options.host_memory)
     return machine
 
 
@@ -73,7 +72,7 @@ def request_for(
     """
     from ef_jax.planning import make_request
 
-    given = common.memory_options(options, batch=1)
+    given = {**common.memory_options(options, batch=1), "host_memory": None}
     budget = given.pop("device_memory")
     if budget is None and given["expert_fraction"] is None:
         if machine.platform == "cpu":

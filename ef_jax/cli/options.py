@@ -32,6 +32,13 @@ def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
         help="instead: share of the experts that get a cache slot, 0 to 1; 1 keeps all of them on the device. "
         "Default: 90%% of an accelerator's memory, or 0.5 on CPU",
     )
+    group.add_argument(
+        "--host-memory",
+        type=_size,
+        metavar="SIZE",
+        help="host memory for experts; those that it does not hold are read from disk as they are needed (default: all "
+        "are in host memory)",
+    )
     group.add_argument("--batch", type=whole_number(1), metavar="N", help=f"sequences that run together ({batch})")
     group.add_argument(
         "--sequences",
@@ -165,6 +172,7 @@ def memory_options(options: argparse.Namespace, *, batch: int) -> dict[str, Any]
     return {
         "device_memory": options.device_memory,
         "expert_fraction": options.expert_fraction,
+        "host_memory": options.host_memory,
         "batch": options.batch or batch,
         "sequences": options.sequences,
         "context": options.context,

@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> None:
         kernels = choose_kernels(spec, device, options.kernel)
         plan, _ = plan_model(spec, request, device, copy_mode, kernels=kernels)
     try:
-        check_host_pool(spec, device.platform if machine is None else machine.platform)
+        check_host_pool(plan.host_bytes, device.platform if machine is None else machine.platform)
         warnings = plan.warnings
     except BudgetError as error:
         warnings = (*plan.warnings, str(error))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,6 +13,32 @@ from ef_jax.weights import Checkpoint
 from pallas_kernels import storage_dtype
 
 _ALIGNMENT = 64
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What a link asks for blocks by `(MoE layer, expert)`.
+
+    Attributes:
+      block_bytes: bytes of one block.
+      nbytes: host bytes of all blocks that it holds.
+    """
+
+    block_bytes: int
+    nbytes: int
+
+    def request(self, keys: Sequence[tuple[int, int]]) -> bool:
+        """Have the blocks of some keys in host memory, soon; whether all are. Never waits."""
+        ...
+
+    def block(self, layer: int, expert: int) -> jax.Array:
+        """The block of an expert of MoE layer `layer`, waiting for it if need be: one array as
+        `ModelSpec.block_format` says, floats as bits.
+
+        Raises:
+          LinkError: it cannot be had.
+        """
+        ...
 
 
 class HostStore:
@@ -30,6 +57,10 @@ class HostStore:
     def block(self, layer: int, expert: int) -> jax.Array:
         """The block of an expert of MoE layer `layer`: one array as `ModelSpec.block_format` says, floats as bits."""
         return self._blocks[layer][expert]
+
+    def request(self, keys: Sequence[tuple[int, int]]) -> bool:
+        """Have the blocks of some keys in host memory, soon; whether they are, as all of them always are here."""
+        return True
 
     @classmethod
     def load(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory.host_plan import HostPlan, make_host_plan
 from ef_jax.memory.sizes import format_bytes
 from ef_jax.nn import cache_shapes
 from ef_jax.spec import ModelSpec
@@ -24,11 +25,13 @@ class MemoryRequest:
     `device_memory` and `expert_fraction` exclude one another. `expert_fraction` counts cache slots: 1.0 keeps every
     expert on the device, 0.0 keeps none between steps. `batch` is sequences of one step, `rows` sequences that are held
     at once, each with keys and values of its own (None: as many as a step runs). `context` is tokens a sequence (prompt
-    and output), `chunk` tokens a sequence that one prefill pass takes.
+    and output), `chunk` tokens a sequence that one prefill pass takes. `host_memory` are bytes of host memory for expert
+    blocks, the others stay on disk; None: all are in host memory.
     """
 
     device_memory: int | None = None
     expert_fraction: float | None = None
+    host_memory: int | None = None
     batch: int = 1
     rows: int | None = None
     context: int = 1024
@@ -59,7 +62,8 @@ class MemoryPlan:
     `workspace` is measured: temporaries and fresh outputs of the largest compiled program. `reserve` is slack for the
     allocator. `block_dtype` is what the experts' weights are stored as. `budget` is what was asked for, or the sum
     where a fraction of the experts was asked for. `left_out` are cache slots that it would have, did the kernels
-    read a pool of that size.
+    read a pool of that size. `host_bytes` are those of expert blocks in host memory: of all of them, or, where `host`
+    says how many it holds, of these and of what is on its way.
     """
 
     dense: int
@@ -86,6 +90,7 @@ class MemoryPlan:
     left_out: int = 0
     light_misses: int = 0
     host_light_misses: int = 0
+    host: HostPlan | None = None
 
     @property
     def items(self) -> dict[str, int]:
@@ -100,6 +105,11 @@ class MemoryPlan:
     def total(self) -> int:
         """Sum of the items; never more than `budget`."""
         return sum(self.items.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the expert blocks for which there is no place in host memory."""
+        return 0 if self.host is None else (self.experts - self.host.places) * self.block_bytes
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -119,7 +129,8 @@ class MemoryPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types: every field, `total` and `warnings`."""
-        return {**dataclasses.asdict(self), "total": self.total, "warnings": list(self.warnings)}
+        sums = {"total": self.total, "disk_bytes": self.disk_bytes}
+        return {**dataclasses.asdict(self), **sums, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         notes = {
@@ -137,7 +148,12 @@ class MemoryPlan:
         }
         lines = [f"memory plan: {format_bytes(self.total)} of {format_bytes(self.budget)} on the device"]
         lines += [f"  {name:12} {format_bytes(size):>9}  {notes[name]}" for name, size in self.items.items()]
-        lines.append(f"  {'host':12} {format_bytes(self.host_bytes):>9}  pinned, all {self.experts} expert blocks")
+        held = f"all {self.experts} expert blocks"
+        if self.host is not None:
+            held = f"{self.host.places} of {self.experts} expert blocks, and {self.host.on_their_way} on their way"
+        lines.append(f"  {'host':12} {format_bytes(self.host_bytes):>9}  pinned, {held}")
+        if self.disk_bytes:
+            lines.append(f"  {'disk':12} {format_bytes(self.disk_bytes):>9}  read when they are needed, or before")
         if self.host_light_misses:
             lines.append(f"  {'':12} {format_bytes(self.host_light_misses):>9}  pinned, the same in 4 bits")
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
@@ -217,6 +233,9 @@ def make_plan(
         if misses:
             sizes["light_misses"] = fixed.light_misses
         reserve = math.ceil(_RESERVE_SHARE * sum(sizes.values()))
+        host = None
+        if request.host_memory is not None:
+            host = make_host_plan(spec, request.host_memory, step=least_staging, staging_slots=staging_slots)
         return MemoryPlan(
             **sizes,
             reserve=reserve,
@@ -230,7 +249,8 @@ def make_plan(
             rows=request.rows or request.batch,
             context=request.context,
             chunk=request.chunk,
-            host_bytes=spec.total_experts * block,
+            host_bytes=spec.total_experts * block if host is None else host.nbytes,
+            host=host,
             block_dtype=spec.block_dtype,
             left_out=left_out,
             host_light_misses=fixed.host_light_misses if misses else 0,
@@ -265,8 +285,8 @@ def make_plan(
     return readable_plan(min(slots, spec.total_experts), staging_slots, budget)
 
 
-def check_host_pool(spec: ModelSpec, platform: str) -> None:
-    """Refuse a model whose experts do not fit in the runtime's pinned host pool.
+def check_host_pool(host_bytes: int, platform: str) -> None:
+    """Refuse a model whose experts, so many bytes of them, do not fit in the runtime's pinned host pool.
 
     Raises:
       BudgetError: on a GPU, with the variable to set; the CPU backend has no such pool.
@@ -274,7 +294,7 @@ def check_host_pool(spec: ModelSpec, platform: str) -> None:
     if platform == "cpu":
         return
     limit = int(os.environ.get(_HOST_POOL_VARIABLE, _HOST_POOL_DEFAULT_GB)) * 2**30
-    need = 1.1 * spec.total_experts * spec.block_bytes
+    need = 1.1 * host_bytes
     if need > limit:
         raise BudgetError(
             f"the experts need {need / 2**30:.0f} GiB of pinned host memory and the limit is {limit / 2**30:.0f}: "

@@ -236,6 +236,11 @@ class Residency:
         self._free.append(self._in_flight.pop((layer, expert)))
         self._lose(layer)
 
+    def drop(self, layer: int, expert: int) -> None:
+        """A resident key is lost; its slot is free."""
+        self._free.append(self._evict(layer, expert))
+        self._lose(layer)
+
     def seed(self, layer: int, missing: Sequence[int]) -> list[tuple[int, int]]:
         """Give free cache slots, within the layer's share, to experts that a prompt uses; evicts nothing.
 
@@ -260,8 +265,7 @@ class Residency:
     def clear(self) -> None:
         """Forget every block; slots are free again. Nothing may be in flight."""
         for layer, expert in np.argwhere(self.slot_of >= 0).tolist():
-            self._free.append(self._evict(layer, expert))
-            self._lose(layer)
+            self.drop(layer, expert)
         self._free.sort(reverse=True)
 
     def _room(

@@ -28,6 +28,7 @@ from ef_jax.runtime.rows import Rows
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.device_link import DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.host_tier import HostTier
 from ef_jax.schedule.scheduler import Scheduler
 from ef_jax.schedule.token_order import Order, run_there_first
 from ef_jax.spec import ModelSpec
@@ -58,6 +59,7 @@ class LayerPasses:
         candidates: str = "value",
         most_wasted: float = 1.0,
         order: Order = "auto",
+        below: HostTier | None = None,
         miss_handlers: Sequence[MissHandler] = (),
         lossy: LossyOptions = LOSSLESS,
     ) -> None:
@@ -99,6 +101,7 @@ class LayerPasses:
             prefetch=prefetching.prefetch,
             candidates=candidates,
             most_wasted=most_wasted,
+            below=below,
         )
 
     @property

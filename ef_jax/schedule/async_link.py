@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import jax
 
 from ef_jax.errors import LinkError
-from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.host_store import Store
 from ef_jax.memory.policies import Key
 from ef_jax.memory.slot_pool import MAX_INSERT
-from ef_jax.schedule.device_link import COPY_ERRORS, TIMEOUT_SECONDS, DeviceLink, link_error
+from ef_jax.schedule.device_link import COPY_ERRORS, TIMEOUT_SECONDS, Coming, DeviceLink, link_error
 from ef_jax.schedule.pace import LinkPace, PaceMeter
 from ef_jax.schedule.readiness import is_ready, ready_within
 from ef_jax.schedule.wall_clock import WallClock
@@ -28,10 +28,11 @@ _WATCH_EVERY = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Burst:
-    """Copies that follow one another without a pause: since when, and how many blocks up to a certain one."""
+    """Copies that follow one another without a pause: since when, and how many blocks up to a certain one; smaller
+    copies count as their share of a block."""
 
     began: float
-    blocks: int
+    blocks: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class AsyncLink(DeviceLink):
     def __init__(
         self,
         spec: ModelSpec,
-        store: HostStore,
+        store: Store,
         device: jax.Device,
         *,
         slots: int,
@@ -95,22 +96,15 @@ class AsyncLink(DeviceLink):
         """See `PrefetchLink`."""
         return self._meter.pace
 
-    def start(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
-        """See `DeviceLink`."""
-        if not experts:
-            return []
-        self._demand = self._issue(len(experts))
-        blocks = super().start(layer, experts)
-        self._demand_until = self._end_of(self._demand)
-        self._meter.demand(len(experts) * self._meter.block_seconds)
-        return blocks
-
-    def finish(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
+    def finish(self, blocks: Sequence[jax.Array] | Coming, slots: Sequence[int]) -> None:
         """See `DeviceLink`.
 
         Raises:
-          LinkError: the copy was waited for and has failed, or has not come within the timeout.
+          LinkError: the copy was waited for and has failed, or has not come within the timeout, or a block cannot be
+            had.
         """
+        if isinstance(blocks, Coming):
+            blocks = self._start(blocks.keys)
         if not blocks:
             return
         began = self._clock.now
@@ -121,6 +115,14 @@ class AsyncLink(DeviceLink):
         now = self._clock.now
         self.seconds += now - began
         self._meter.waited(now)
+
+    def beside(self, layer: int, experts: Sequence[int], nbytes: int) -> float:
+        """See `DeviceLink`."""
+        blocks = len(experts) * nbytes / self.block_bytes
+        self._demand = self._issue(blocks)
+        self._demand_until = self._end_of(self._demand)
+        self._meter.demand(blocks * self._meter.block_seconds)
+        return super().beside(layer, experts, nbytes)
 
     def withdraw(self) -> list[Key]:
         """See `PrefetchLink`."""
@@ -178,6 +180,16 @@ class AsyncLink(DeviceLink):
         for pending in (self._queue, self._flight, self._landed, self._failed):
             pending.clear()
 
+    def _start(self, keys: list[Key]) -> list[jax.Array]:
+        """See `DeviceLink`."""
+        if not keys:
+            return []
+        self._demand = self._issue(len(keys))
+        blocks = super()._start(keys)
+        self._demand_until = self._end_of(self._demand)
+        self._meter.demand(len(keys) * self._meter.block_seconds)
+        return blocks
+
     def _begin(self) -> None:
         """Hand queued prefetches to the device, as many as may be under way."""
         count = min(len(self._queue), self._capacity - len(self._flight))
@@ -186,7 +198,9 @@ class AsyncLink(DeviceLink):
         part = [self._queue.popleft() for _ in range(count)]
         self.prefetches_begun += count
         issued, before = self._clock.now, self._issue(count)
-        blocks = self._fetch_each([key for key, _ in part])
+        keys = [key for key, _ in part]
+        self.request(keys)
+        blocks = self._fetch_each(keys)
         for index, ((key, slot), block) in enumerate(zip(part, blocks, strict=True), 1 - count):
             if block is not None:
                 self._flight[key] = _Copy(block, slot, issued, _Burst(before.began, before.blocks + index))
@@ -251,7 +265,7 @@ class AsyncLink(DeviceLink):
         self._show_demand(self._demanded_at, now)
         self._last_end = now
 
-    def _issue(self, count: int) -> _Burst:
+    def _issue(self, count: float) -> _Burst:
         """`count` more blocks go to the device; they, and what is before them."""
         if self._idle():
             self._burst = _Burst(self._clock.now, 0)
@@ -273,7 +287,9 @@ class AsyncLink(DeviceLink):
     def _probe(self, experts: int) -> float:
         """Seconds a block, one way, with nothing else going on: the best of a few calls of a few megabytes."""
         count = max(1, min(MAX_INSERT, experts, _PROBE_BYTES // self.block_bytes))
-        blocks = [self._store.block(0, expert) for expert in range(count)]
+        keys = [(0, expert) for expert in range(count)]
+        self._store.request(keys)
+        blocks = [self._store.block(*key) for key in keys]
         seconds = []
         for _ in range(1 + _PROBES):  # the first allocates
             began = time.perf_counter()

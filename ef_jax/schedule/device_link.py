@@ -1,5 +1,6 @@
 """The link of a JAX device, from pinned host memory to the slot pool: whole blocks, several a call."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -7,7 +8,7 @@ from typing import Literal, get_args
 import jax
 
 from ef_jax.errors import InputError, LinkError
-from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.host_store import Store
 from ef_jax.memory.policies import Key
 from ef_jax.memory.slot_pool import MAX_INSERT, SlotPool
 from ef_jax.spec import ModelSpec
@@ -19,6 +20,13 @@ TIMEOUT_SECONDS = 60.0
 """A copy that has not come after so long will not: even 8 blocks of 350 MB over a tenth of PCIe 3.0 take 2 s."""
 
 COPY_ERRORS = (RuntimeError, MemoryError, OSError)  # JAX's are RuntimeErrors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Coming:
+    """Demanded blocks that are not in host memory yet: their keys."""
+
+    keys: list[Key]
 
 
 class DeviceLink:
@@ -39,7 +47,7 @@ class DeviceLink:
     """
 
     def __init__(
-        self, spec: ModelSpec, store: HostStore, device: jax.Device, *, slots: int, mode: str | None = None
+        self, spec: ModelSpec, store: Store, device: jax.Device, *, slots: int, mode: str | None = None
     ) -> None:
         self.mode = resolve_copy_mode(mode, device)
         self._store = store
@@ -52,23 +60,25 @@ class DeviceLink:
         self._demanded: list[Key] = []
         self._demanded_at = 0.0
 
-    def start(self, layer: int, experts: Sequence[int]) -> list[jax.Array]:
-        """Start copying the blocks of `experts` of MoE layer `layer`, where the mode can; never waits.
+    def start(self, layer: int, experts: Sequence[int]) -> list[jax.Array] | Coming:
+        """Start copying the blocks of `experts` of MoE layer `layer`, where the mode can; never waits. Where one of
+        them is not in host memory, only have them come there.
 
         Raises:
           LinkError: the device takes no copy.
         """
-        began = self._demanded_at = time.perf_counter()
-        self._demanded = [(layer, expert) for expert in experts]
-        blocks = self.fetch(self._demanded)
-        self.seconds += time.perf_counter() - began
-        return blocks
+        keys = [(layer, expert) for expert in experts]
+        return self._start(keys) if self.request(keys) else Coming(keys)
+
+    def request(self, keys: Sequence[Key]) -> bool:
+        """Have the blocks of `keys` in host memory, soon; whether all are."""
+        return self._store.request(keys)
 
     def fetch(self, keys: Sequence[Key]) -> list[jax.Array]:
-        """Start copying the blocks of `keys`, where the mode can; never waits.
+        """Start copying the blocks of `keys`, where the mode can; waits for none that is in host memory.
 
         Raises:
-          LinkError: the device takes no copy.
+          LinkError: the device takes no copy, or a block cannot be had.
         """
         try:
             blocks = [self._store.block(*key) for key in keys]
@@ -78,17 +88,21 @@ class DeviceLink:
                     for first in range(0, len(blocks), MAX_INSERT)
                     for block in jax.device_put(blocks[first : first + MAX_INSERT], self._sharding)
                 ]
+        except LinkError:
+            raise
         except COPY_ERRORS as error:
             raise link_error(keys, error) from error
         self.bytes_moved += len(blocks) * self.block_bytes
         return blocks
 
-    def finish(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
+    def finish(self, blocks: Sequence[jax.Array] | Coming, slots: Sequence[int]) -> None:
         """Put started `blocks` into `slots`; programs dispatched afterwards see them.
 
         Raises:
-          LinkError: the device does not take them.
+          LinkError: the device does not take them, or one cannot be had.
         """
+        if isinstance(blocks, Coming):
+            blocks = self._start(blocks.keys)
         began = time.perf_counter()
         self._insert(blocks, slots)
         if self.timeline is not None and blocks:
@@ -96,10 +110,26 @@ class DeviceLink:
             self._show_demand(self._demanded_at, time.perf_counter())
         self.seconds += time.perf_counter() - began
 
+    def beside(self, layer: int, experts: Sequence[int], nbytes: int) -> float:
+        """Somebody else starts a copy over the same wire, `nbytes` an expert; returns when it is across, for `hold`."""
+        self.bytes_moved += len(experts) * nbytes
+        return 0.0
+
+    def hold(self, keys: Sequence[Key], ready: float) -> None:
+        """What `beside` was told of is not held back here."""
+
     def settle(self) -> None:
         """Wait, where copies hold device memory of their own, until every block handed to `finish` is in its slot."""
         if self.mode == "async":
             self.pool.latest.block_until_ready()
+
+    def _start(self, keys: list[Key]) -> list[jax.Array]:
+        """Start copying demanded blocks, waiting for those that are not in host memory."""
+        began = self._demanded_at = time.perf_counter()
+        self._demanded = keys
+        blocks = self.fetch(keys)
+        self.seconds += time.perf_counter() - began
+        return blocks
 
     def _insert(self, blocks: Sequence[jax.Array], slots: Sequence[int]) -> None:
         try:

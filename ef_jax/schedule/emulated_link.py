@@ -15,10 +15,11 @@ from ef_jax.schedule.wall_clock import Clock, WallClock
 
 
 class Started(NamedTuple):
-    """A demand copy: its keys, its blocks, and when they may be in their slots."""
+    """A demand copy: its keys, its blocks, and when they may be in their slots; no blocks while one of them is not in
+    host memory."""
 
     keys: list[Key]
-    blocks: list[jax.Array]
+    blocks: list[jax.Array] | None
     ready: float
 
 
@@ -61,21 +62,36 @@ class EmulatedLink(LinkQueue):
           LinkError: the device takes no copy.
         """
         keys = [(layer, expert) for expert in experts]
+        if not self._link.request(keys):
+            return Started(keys, None, 0.0)
         return Started(keys, self._link.fetch(keys), self.demand(layer, experts))
 
     def finish(self, blocks: Started, slots: Sequence[int]) -> None:
         """See `Link`.
 
         Raises:
-          LinkError: the copy takes longer than the timeout, or the device does not take it.
+          LinkError: the copy takes longer than the timeout, or the device does not take it, or a block cannot be had.
         """
         if not blocks.keys:
             return
+        if blocks.blocks is None:
+            began = self.clock.now
+            arrays = self._link.fetch(blocks.keys)
+            self.seconds += self.clock.now - began
+            blocks = Started(blocks.keys, arrays, self.demand(blocks.keys[0][0], [key[1] for key in blocks.keys]))
+        self.hold(blocks.keys, blocks.ready)
+        self._insert(blocks.blocks or [], slots)
+
+    def hold(self, keys: Sequence[Key], ready: float) -> None:
+        """Wait for a demand copy of some keys, or for what `beside` began, which is across at `ready`.
+
+        Raises:
+          LinkError: it takes longer than the timeout.
+        """
         last = self.clock.now + self._timeout
-        self.wait_until(min(blocks.ready, last))
-        if blocks.ready > last:
-            raise link_error(blocks.keys, f"nothing has come for {self._timeout:g} s")
-        self._insert(blocks.blocks, slots)
+        self.wait_until(min(ready, last))
+        if ready > last:
+            raise link_error(keys, f"nothing has come for {self._timeout:g} s")
 
     def settle(self) -> None:
         """See `Link`."""
@@ -122,6 +138,7 @@ class EmulatedLink(LinkQueue):
         """Copy prefetched blocks into their slots; returns the keys of those that went well."""
         if not keys:
             return keys
+        self._link.request(keys)
         try:
             blocks = self._link.fetch(keys)
         except LinkError:

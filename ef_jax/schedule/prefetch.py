@@ -2,18 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import Key
 from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.predictor import Predictor
 from ef_jax.schedule.by_value import ByValue
-from ef_jax.schedule.horizon import Horizons
+from ef_jax.schedule.horizon import LONGEST, Horizons
 from ef_jax.schedule.link import Blocks, PrefetchLink
 from ef_jax.schedule.nearest_first import RULES, NearestFirst
 from ef_jax.schedule.need import make_need
@@ -43,6 +43,8 @@ class Prefetcher(Generic[Blocks]):
       candidates: how blocks are chosen: "value" (`ByValue`), or a name of `nearest_first.RULES`.
       need: a name of `need.NEEDS`.
       most_wasted: the share of the blocks moved that candidates by value may waste, see `WasteBound`.
+      longest: no horizon is longer, where none is given.
+      among: gives bool `[L, E]`, the keys that can be fetched or are worth it; the others count as not used. None: all.
 
     Raises:
       InputError: no such rule or estimate, or no share.
@@ -58,12 +60,15 @@ class Prefetcher(Generic[Blocks]):
         candidates: str = "value",
         need: str = "batch",
         most_wasted: float = 1.0,
+        longest: int = LONGEST,
+        among: Callable[[], Bool[np.ndarray, "L E"]] | None = None,
     ) -> None:
         check_candidates(candidates)
         layers = residency.layers
         self._residency, self._link, self._predictor = residency, link, predictor
         self._candidates = candidates
-        self.horizons = Horizons(layers=layers, need=make_need(need, layers=layers), fixed=horizon)
+        self._among = among
+        self.horizons = Horizons(layers=layers, need=make_need(need, layers=layers), fixed=horizon, longest=longest)
         self._trust = Trust(layers=layers, distances=self.horizons.longest)
         self._value = ByValue(residency, longest=self.horizons.longest)
         self._simple = NearestFirst(residency, RULES[candidates]) if candidates in RULES else None
@@ -168,7 +173,7 @@ class Prefetcher(Generic[Blocks]):
             raise PredictorError(f"its probabilities are of shape {ahead.shape}, not {(layers, experts)}")
         if not math.isfinite(ahead[0].dot(ahead[0])):  # every row is the nearest one some time
             raise PredictorError("its probabilities are not numbers")
-        return ahead
+        return ahead if self._among is None else ahead * np.roll(self._among(), -1 - layer, axis=0)
 
     def report(self) -> dict[str, Any]:
         """What is done and why, as plain JSON types; see `Horizons.report`."""

@@ -17,16 +17,18 @@ class Read:
     Attributes:
       key: whose block it is.
       begun: a thread has taken it up.
+      began, ended: when, in the seconds of `time.perf_counter`.
       done: it has come, or failed.
       block: what has come.
       error: why nothing has.
     """
 
-    __slots__ = ("begun", "block", "done", "error", "key")
+    __slots__ = ("began", "begun", "block", "done", "ended", "error", "key")
 
     def __init__(self, key: Key) -> None:
         self.key = key
         self.begun = self.done = False
+        self.began = self.ended = 0.0
         self.block: jax.Array | None = None
         self.error: Exception | None = None
 
@@ -127,7 +129,7 @@ class _Shared:
             if self.closed:
                 return None
             read = (self.demand or self.ahead).popleft()
-            self.tick()
+            read.began = self.tick()
             read.begun = True
             self.begun += 1
             self.running += 1
@@ -135,18 +137,19 @@ class _Shared:
 
     def end(self, read: Read) -> None:
         with self.changed:
-            self.tick()
+            read.ended = self.tick()
             self.running -= 1
             self.ended += 1
             read.done = True
             self.changed.notify_all()
 
-    def tick(self) -> None:
-        """Count the time since the last tick if a read was under way."""
+    def tick(self) -> float:
+        """Count the time since the last tick if a read was under way; what time it is."""
         now = time.perf_counter()
         if self.running:
             self.seconds += now - self.since
         self.since = now
+        return now
 
 
 def _work(shared: _Shared) -> None:

@@ -12,6 +12,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.accuracy import Accuracy
 from ef_jax.predict.predictor import Predictor
+from ef_jax.schedule.host_tier import HostTier
 from ef_jax.schedule.link import Blocks, Link, PrefetchLink
 from ef_jax.schedule.prefetch import PredictorError, Prefetcher, distinct
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
@@ -47,6 +48,7 @@ class Scheduler(Generic[Blocks]):
       most_wasted: share of the bytes moved that may be fetched for nothing, see `WasteBound`.
       trial: where prefetching is automatic, hold a `Trial` of it; False where nothing but copies takes the host time,
         as on a virtual clock.
+      below: the host's blocks where part of them is on disk; None: all of them are in host memory.
       now: the clock of trials and timelines, in seconds.
 
     Raises:
@@ -67,11 +69,12 @@ class Scheduler(Generic[Blocks]):
         need: str = "batch",
         most_wasted: float = 1.0,
         trial: bool = True,
+        below: HostTier | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
         self._timeline: Timeline | None = None
-        self._now = now
+        self._now, self._below = now, below
         self._block_bytes, self._wave_size = block_bytes, wave_size
         self._predictor = predictor
         self._accuracy: Accuracy | None = None
@@ -91,7 +94,12 @@ class Scheduler(Generic[Blocks]):
                 candidates=candidates,
                 need=need,
                 most_wasted=most_wasted,
+                among=None if below is None else lambda: (residency.slot_of >= 0) | (below.residency.slot_of >= 0),
             )
+        if below is not None:
+            stats.disk, trial = below.stats, False  # by the clock, a step with a read in it says nothing about copies
+            if predictor is not None:
+                below.listen(predictor, residency, most_wasted=most_wasted)
         self._trial = Trial(now) if trial and self._prefetcher is not None and prefetch == "auto" else None
         self._report()
 
@@ -119,6 +127,8 @@ class Scheduler(Generic[Blocks]):
     def show(self, timeline: Timeline | None) -> None:
         """Note stalls, copies and the horizon in `timeline` from now on; None: nowhere."""
         self._timeline = self.link.timeline = timeline
+        if self._below is not None:
+            self._below.disk.timeline = timeline
         self.residency.on_wasted = None if timeline is None else timeline.wasted
 
     @property
@@ -158,6 +168,8 @@ class Scheduler(Generic[Blocks]):
         self._gated = False
         self._make_sure()
         self.residency.policy.on_step(tokens)
+        if self._below is not None:
+            self._below.begin_step(tokens, diversity, listens=self._predictor is not None)
         if self._trial is not None:
             if self._resting:
                 self._trial.rest()
@@ -239,6 +251,7 @@ class Scheduler(Generic[Blocks]):
                 needed = distinct(rows)
                 prefetcher.served(layer, needed, admission)
                 self._plan(layer, needed)
+            self._read_ahead(layer)
         return admission
 
     def fetch_left(self, rows: Sequence[Sequence[int]], admission: Admission, experts: Sequence[int]) -> None:
@@ -291,6 +304,8 @@ class Scheduler(Generic[Blocks]):
         phase.hits[layer] += hits
         phase.misses[layer] += misses
         phase.bytes_demand += misses * self._block_bytes
+        if self._below is not None:
+            self._below.prompt(layer, [expert for wave in waves for expert in wave.experts])
         blocks = link.start(layer, waves[0].experts)
         for wave, following in zip(waves, [*waves[1:], None], strict=True):
             began, waited = self._now(), link.seconds
@@ -303,6 +318,8 @@ class Scheduler(Generic[Blocks]):
             yield wave
         self._unsure = False
         residency.policy.on_prompt(layer, counts)
+        if self._below is not None:
+            self._below.end_prompt(layer, counts)
         phase.stall_seconds += link.seconds - spent
 
     def end_run(self) -> None:
@@ -310,6 +327,8 @@ class Scheduler(Generic[Blocks]):
         if self._prefetcher is not None:
             self._prefetcher.gate()
             self._count_prefetches(self._prefetcher.begun)
+        if self._below is not None:
+            self._below.end_run()
         if self._trial is not None:
             self._trial.pause()
         self._report()
@@ -328,6 +347,8 @@ class Scheduler(Generic[Blocks]):
         for key in self.residency.in_flight:
             self.residency.cancel(*key)
         self.residency.clear()
+        if self._below is not None:
+            self._below.abandon()
         self._pending, self._unsure = None, False
 
     def _gate(self) -> None:
@@ -335,6 +356,8 @@ class Scheduler(Generic[Blocks]):
         if self._prefetcher is not None:
             self._prefetcher.gate()
             self._count_prefetches(self._prefetcher.begun)
+        if self._below is not None:
+            self._below.gate()
 
     def _foresee(
         self,
@@ -363,9 +386,13 @@ class Scheduler(Generic[Blocks]):
             predictor.on_ahead(-1, ahead)
         if policy.wants_predictions:
             policy.on_predict(scores if ahead is None else predictor.step_scores())
-        if prefetcher is not None and (ahead is not None or paths is not None):
-            prefetcher.gate()
-            self._plan(-1, ())
+        if ahead is not None or paths is not None:
+            if prefetcher is not None:
+                prefetcher.gate()
+                self._plan(-1, ())
+            if self._below is not None:
+                self._below.gate()
+                self._read_ahead(-1)
 
     def _hear(self, layer: int, rows: Sequence[Sequence[int]], ahead: UInt8[np.ndarray, "distances E"] | None) -> None:
         """The predictor, and those who listen to it, hear of a layer."""
@@ -402,6 +429,15 @@ class Scheduler(Generic[Blocks]):
                 self._prefetcher.plan(layer, needed)
             except PredictorError as error:
                 self._give_up(error)
+
+    def _read_ahead(self, layer: int) -> None:
+        """Have blocks read from disk that layers after this one are likely to ask for."""
+        if self._below is None or self._predictor is None:
+            return
+        try:
+            self._below.plan(layer)
+        except PredictorError as error:
+            self._give_up(error)
 
     def _wait(self, prefetcher: Prefetcher[Blocks], late: list[int]) -> None:
         """Wait for blocks under way; those whose copy has failed are copied on demand."""

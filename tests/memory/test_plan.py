@@ -135,9 +135,9 @@ def test_sizes_are_written():
 
 def test_the_pinned_host_limit_is_checked_on_accelerators(monkeypatch):
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "0")
-    check_host_pool(SPEC, "cpu")
+    check_host_pool(SPEC.total_experts * SPEC.block_bytes, "cpu")
     with pytest.raises(BudgetError, match="set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=1 before"):
-        check_host_pool(SPEC, "gpu")
+        check_host_pool(SPEC.total_experts * SPEC.block_bytes, "gpu")
 
 
 def test_a_pool_that_kernels_cannot_read_is_made_smaller() -> None:
