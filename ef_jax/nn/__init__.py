@@ -18,7 +18,7 @@ from ef_jax.nn.definition import merge_finish as merge_finish
 from ef_jax.nn.definition import merge_layer as merge_layer
 from ef_jax.nn.definition import merge_top as merge_top
 from ef_jax.nn.definition import top_definition as top_definition
-from ef_jax.nn.exponential import exp_of_negative as exp_of_negative
+from ef_jax.nn.exponential import invariant_exp as invariant_exp
 from ef_jax.nn.ffn import ffn as ffn
 from ef_jax.nn.host_optimizer import HostOptimizer as HostOptimizer
 from ef_jax.nn.host_param import TRAINABLE as TRAINABLE

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.exponential import invariant_exp
 from ef_jax.nn.linear import MIN_ROWS, Linear
 from ef_jax.nn.norm import l2_norm, make_norm
 from ef_jax.nn.rope import apply_rope, rope_tables
@@ -176,10 +176,10 @@ def _attend_block(
         # A row's head is that of its query in the group: rows are tokens, then heads of the group.
         sink = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, tokens))[None, :, None, :, None]
         highest = jnp.maximum(highest, sink)
-    powers = jnp.where(visible, exp_of_negative(scores - highest), 0)
+    powers = jnp.where(visible, invariant_exp(scores - highest), 0)
     total = tree_sum(row_sum(powers), axis=2)[:, :, None]
     if sinks is not None:
-        total = total + exp_of_negative(sink - highest)
+        total = total + invariant_exp(sink - highest)
     weights = (powers / jnp.maximum(total, 1)).astype(q.dtype)  # the largest power is 1
     parts = jnp.einsum("bnkrc,bnkcd->bnkrd", weights, v, preferred_element_type=jnp.float32)
     out = tree_sum(parts, axis=2).astype(q.dtype)

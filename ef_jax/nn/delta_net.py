@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ef_jax.nn import versions
 from ef_jax.nn.delta_rule import delta_chunks, delta_step, unit_vectors
-from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.exponential import invariant_exp
 from ef_jax.nn.gates import sigmoid, silu, softplus
 from ef_jax.nn.linear import Linear, along_last, normal_param
 from ef_jax.nn.norm import rms_norm
@@ -113,7 +113,7 @@ class GatedDeltaNet(nnx.Module):
         # In the model's dtype, as transformers rounds rates.
         rates = sigmoid(rate.astype(jnp.float32)).astype(rate.dtype).astype(jnp.float32)
         steps = softplus(step.astype(jnp.float32) + along_last(self.dt_bias[...], step))
-        decays = -steps * along_last(exp_of_negative(self.a_log[...]), steps)
+        decays = -steps * along_last(invariant_exp(self.a_log[...]), steps)
         rates, decays = (jnp.where(real[..., None], part, 0) for part in (rates, decays))
         by_head = (*rate.shape[:2], self.spec.key_heads, -1)
         return rates.reshape(by_head), decays.reshape(by_head)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.exponential import invariant_exp
 from ef_jax.nn.linear import along_last
 
 CHUNK = 64
@@ -49,7 +49,7 @@ def delta_step(
       What the state after the token answers to the query, and that state. A token of rate 0 and log decay 0 leaves it
       as it is.
     """
-    decay = exp_of_negative(log_decay)[..., None]
+    decay = invariant_exp(log_decay)[..., None]
     both = jnp.stack([key, query], axis=-2)[:, :, None]  # one pass over the state answers both
     both = jnp.broadcast_to(both, (*value.shape[:-1], *both.shape[-2:]))
     answers = _einsum("bngrk,bngkv->bngrv", both, state) * decay[..., None]
@@ -112,7 +112,7 @@ def _decays(log_decay: Float32[Array, "*batch n"]) -> Float32[Array, "*batch n m
     steps = log_decay[..., None]
     steps = steps * along_last(jnp.tri(size, size + 1, dtype=jnp.float32), steps)  # [l, 1 + j]: l is after j
     apart = _einsum("il,...lj->...ij", until[:, 1:], steps)
-    return exp_of_negative(apart) * along_last(until, apart)
+    return invariant_exp(apart) * along_last(until, apart)
 
 
 def unit_lower_inverse(matrix: Float32[Array, "*batch n n"]) -> Float32[Array, "*batch n n"]:

@@ -13,8 +13,8 @@ _COEFFICIENTS = [  # of Cephes' expf (S. L. Moshier), for |r| <= ln 2 / 2
 ]
 
 
-def exp_of_negative(x: Float32[Array, "*dims"]) -> Float32[Array, "*dims"]:
-    """exp(x) for x <= 0, and up to 88, to 1e-7 of it; below -87 as of -87.
+def invariant_exp(x: Float32[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    """exp(x) up to x = 88, to 1e-7 of it; below -87 as of -87.
 
     XLA:CPU takes another routine for `jnp.exp` in a vectorised loop than in another one, and which loops it vectorises
     depends on the size of the array, so that equal elements of two arrays can differ in the last bit (jax 0.10.2 and

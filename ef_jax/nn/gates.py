@@ -1,10 +1,10 @@
-"""Gates whose bits do not depend on the shape of what they are taken of; see `exp_of_negative`."""
+"""Gates whose bits do not depend on the shape of what they are taken of; see `invariant_exp`."""
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.exponential import invariant_exp
 
 # Of 2 atanh(s) / s in powers of s^2, the highest first; for s <= 1/3 what is left out is below 1e-9 of the sum.
 _ATANH_COEFFICIENTS = [np.float32(2 / (2 * n + 1)) for n in reversed(range(8))]
@@ -12,7 +12,7 @@ _ATANH_COEFFICIENTS = [np.float32(2 / (2 * n + 1)) for n in reversed(range(8))]
 
 def sigmoid(x: Float32[Array, "*dims"]) -> Float32[Array, "*dims"]:
     """1 / (1 + exp(-x)), to 3e-7 of it."""
-    small = exp_of_negative(-jnp.abs(x))
+    small = invariant_exp(-jnp.abs(x))
     return jnp.where(x < 0, small, 1) / (1 + small)
 
 
@@ -23,7 +23,7 @@ def silu(x: Float32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 def softplus(x: Float32[Array, "*dims"]) -> Float32[Array, "*dims"]:
     """log(1 + exp(x)), to 3e-7 of it."""
-    small = exp_of_negative(-jnp.abs(x))
+    small = invariant_exp(-jnp.abs(x))
     # log(1 + u) = 2 atanh(u / (2 + u)): no digits are lost where u is small.
     s = small / (2 + small)
     square = s * s

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.errors import UnsupportedError
-from ef_jax.nn.exponential import exp_of_negative
+from ef_jax.nn.exponential import invariant_exp
 from ef_jax.nn.linear import along_last, linear, normal_param
 from ef_jax.nn.sums import row_sum
 from ef_jax.spec import RouterGroups, RouterSpec
@@ -133,7 +133,7 @@ def _score(logits: Float32[Array, "*rows E"], spec: RouterSpec) -> Float32[Array
 def _best_alike(logits: Float32[Array, "*rows E"], dtype: jax.typing.DTypeLike) -> Float32[Array, "*rows E"]:
     """The logits, the highest one where a softmax rounded to `dtype` is what it is there."""
     highest = logits.max(axis=-1, keepdims=True)
-    powers = exp_of_negative(logits - highest)
+    powers = invariant_exp(logits - highest)
     rounded = (powers / row_sum(powers)).astype(dtype)
     return jnp.where(rounded == rounded.max(axis=-1, keepdims=True), highest, logits)
 
