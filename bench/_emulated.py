@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ef_jax.memory.plan import MemoryRequest
+from ef_jax.lossy import LOSSLESS, LossyOptions
+from ef_jax.memory.plan import MemoryPlan, MemoryRequest
 from ef_jax.memory.policies import make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.planning import plan_model
@@ -13,7 +14,9 @@ from ef_jax.runtime.compute_in_place import ComputeInPlace, check_miss
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.light_misses import light_misses
 from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
+from ef_jax.runtime.programs import Programs
 from ef_jax.schedule.device_link import DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
@@ -32,16 +35,19 @@ class EmulatedModels:
     """
 
     def __init__(self, lm: LanguageModel, look: LookAheadSpec | None = None, correction: Any = None) -> None:
-        engine, plan = lm._engine, lm.plan
+        engine = lm._engine
         self.look = look or LookAheadSpec(distances=min(DISTANCES, len(lm.spec.moe_layers)))
         self.lm, self._correction = lm, correction
         link = engine.link
         self._store = (link._link if isinstance(link, EmulatedLink) else link)._store
-        request = MemoryRequest(expert_fraction=1.0, batch=plan.batch, context=plan.context, chunk=plan.chunk)
-        self._plan, self._looking = plan_model(
-            lm.spec, request, engine.device, "in_program", look_ahead=self.look, prefetches=True
-        )
+        self._plan, self._looking = self._programs(LOSSLESS)
         self._blind = self._looking.without_look_ahead()
+
+    def _programs(self, lossy: LossyOptions) -> tuple[MemoryPlan, Programs]:
+        lm, plan = self.lm, self.lm.plan
+        request = MemoryRequest(expert_fraction=1.0, batch=plan.batch, context=plan.context, chunk=plan.chunk)
+        looking = {"look_ahead": self.look, "prefetches": True}
+        return plan_model(lm.spec, request, lm._engine.device, "in_program", **looking, lossy=lossy)
 
     def make(
         self,
@@ -54,6 +60,7 @@ class EmulatedModels:
         candidates: str = "value",
         order: str = "auto",
         miss: str = "fetch",
+        skip: float | None = None,
         host_kind: type[HostExperts] = HostExperts,
         link_kind: type[EmulatedLink] = EmulatedLink,
         device_link_kind: type[DeviceLink] = DeviceLink,
@@ -68,6 +75,7 @@ class EmulatedModels:
           predictor: "pregate", which the programs compute, with their correction if they have one; "history"; or an
             object, which hears the programs' bins. None: none, and programs that compute nothing of coming layers.
           miss: as for `ef_jax.load`.
+          skip: as `lossy_skip` for `ef_jax.load`.
           host_kind: what computes missing experts, if `miss` says so.
           link_kind, device_link_kind: what the engine's link is made of.
           **link_options: further options of `link_kind`.
@@ -94,14 +102,18 @@ class EmulatedModels:
             predictor = History(**shape)
         real = device_link_kind(spec, self._store, device, slots=total, mode="in_program")
         emulated = link_kind(real, link, **link_options)
-        handlers = []
+        lossy, programs = LOSSLESS, self._looking
+        if skip is not None:
+            lossy = LossyOptions(skip=skip)
+            _, programs = self._programs(lossy)
+        handlers = light_misses(programs, emulated, None, device, mode="in_program")
         if (checked := check_miss(miss)) != "fetch":
             host = host_kind(spec, self._looking.kernels, batch=plan.batch, device=device)
             handlers.append(ComputeInPlace(host, self._store, emulated, checked))
         engine = Engine(
             spec,
             plan,
-            self._blind if looking is None else self._looking,
+            programs if looking is not None else self._blind if skip is None else programs.without_look_ahead(),
             lm._engine.dense,
             Residency(
                 **shape,
@@ -117,5 +129,6 @@ class EmulatedModels:
             candidates=candidates,
             order=order,
             miss_handlers=handlers,
+            lossy=lossy,
         )
         return LanguageModel(lm.path, spec, engine, lm.tokenizer)
