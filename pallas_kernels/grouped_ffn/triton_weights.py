@@ -127,10 +127,10 @@ class Weights:
         """The same of fp8, whose scales are shared along both axes."""
         gate_up_ref, down_ref = self.scales or (None, None)
         ref, lead = (gate_up_ref, (slot, jnp.int32(part))) if part < 2 else (down_ref, (slot,))
-        blocks = _shared(rows, FP8_BLOCK), _shared(columns, FP8_BLOCK)
-        if blocks[0] is None or blocks[1] is None:
+        few_rows, few_columns = _shared(rows, FP8_BLOCK), _shared(columns, FP8_BLOCK)
+        if few_rows is None or few_columns is None:
             raise ValueError(f"tiles of {rows.size} x {columns.size} do not fit blocks of {FP8_BLOCK} x {FP8_BLOCK}")
-        return _spread(_spread(load(ref, lead, *blocks), 0, FP8_BLOCK), 1, FP8_BLOCK)
+        return _spread(_spread(load(ref, lead, few_rows, few_columns), 0, FP8_BLOCK), 1, FP8_BLOCK)
 
 
 def _scales_of_tile(

@@ -53,8 +53,9 @@ def stored_experts(spec: ModelSpec, names: TensorNames, present: Collection[str]
     """
     if not names.experts:
         raise UnsupportedError(f"no layout of experts is known for {spec.family!r}")
-    if spec.experts.quantization is not None:
-        return spec.experts.quantization
+    quantization = spec.experts.quantization
+    if quantization == "mxfp4" or quantization == "fp8":
+        return quantization
     for experts in names.experts:
         if expert_pieces(spec, names, experts, spec.moe_layers[0], 0)[0].tensor in present:
             return experts
