@@ -206,7 +206,7 @@ def load(
             prefetches=prefetches,
             lossy=lossy,
         )
-        check_host_pool(plan.host_bytes, device.platform)
+        check_host_pool(plan.host_bytes + plan.host_light_misses, device.platform)
         check_host_memory(plan, device)
         _LOG.info("%s", plan)
         if on_plan is not None:

@@ -44,7 +44,7 @@ def check_host_memory(plan: MemoryPlan, device: jax.Device) -> None:
       BudgetError: it has.
     """
     on_device = plan.total if device.platform == "cpu" else 0
-    check_available(plan.host_bytes + on_device, pages=plan.host is not None)
+    check_available(plan.host_bytes + plan.host_light_misses + on_device, pages=plan.host is not None)
 
 
 def make_tier(

@@ -59,8 +59,11 @@ class LanguageModel:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """The backend of `pallas_kernels` that computes the experts, of "decode" steps and of "prompt"s."""
-        return self._engine.programs.kernels.as_dict()
+        """The backend of `pallas_kernels` that computes the experts, of "decode" steps and of "prompt"s, and of decode
+        steps those in "low_precision" where there are any."""
+        programs = self._engine.programs
+        low = {} if programs.low_precision is None else {"low_precision": programs.low_precision.kernels.decode}
+        return {**programs.kernels.as_dict(), **low}
 
     def generate(
         self,

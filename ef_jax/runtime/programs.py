@@ -429,8 +429,9 @@ class Programs(ProgramArguments):
     def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state, held):  # type: ignore[no-untyped-def]
         positions, rows = places
         lift = None if held is None else jnp.where(held, jnp.float32(self.lossy.cache_bias), 0)
+        share = self.lossy.adaptive_experts
         entered, cache = steps.enter_layer(
-            self.spec, kind, leaves, x, cache, positions, reach, span, rows, share=self.lossy.adaptive_experts, lift=lift
+            self.spec, kind, leaves, x, cache, positions, reach, span, rows, share=share, lift=lift
         )
         if not isinstance(entered, steps.Routed):
             return entered, cache, None
@@ -470,7 +471,8 @@ class Programs(ProgramArguments):
             look_ahead = self.look_ahead if self._looks_ahead(key) else None
             sizes = (self.batch, self.rows, self.context, pool_slots)
             choice = (self.lossy.adaptive_experts, self.lossy.cache_bias) if key[0] in ("begin", "between") else None
-            place = (self.spec, self.kernels, *sizes, look_ahead, self.weighed, choice, self._sharding, key)
+            weighed = self.weighed and key[:2] in (("begin", 1), ("between", 1))
+            place = (self.spec, self.kernels, *sizes, look_ahead, weighed, choice, self._sharding, key)
             if place not in _EXECUTABLES:
                 jitted = jax.jit(function, donate_argnums=donate)
                 _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
