@@ -39,6 +39,7 @@ class HostExperts:
       shares_device: the host's processor is the engine's device.
       processor: what computes, in words.
       batch: B.
+      block_bytes: bytes of a block.
 
     Raises:
       UnsupportedError: JAX has no CPU backend beside the accelerator.
@@ -51,6 +52,7 @@ class HostExperts:
             kernels = choose_kernels(spec, host)
         self.processor = f"{host.device_kind}, kernel {kernels.decode}"
         self.batch, self._rows = batch, batch * spec.experts.top_k
+        self.block_bytes = spec.block_bytes
         self._device = jax.sharding.SingleDeviceSharding(device)
         self._host = jax.sharding.SingleDeviceSharding(host)
         self._blocks = jax.sharding.SingleDeviceSharding(
