@@ -5,11 +5,12 @@
 Ten models of tests/fixtures/configs on four machines of `ef_jax.forecast.MACHINES`, by arithmetic alone: nothing is
 loaded or compiled, and nobody has run it. A cell: tokens/s of decoding one sequence and a batch, and of a prompt; the
 band of the first; its expected hit rate and what bounds it; the share of the experts that stay on disk, where host
-memory does not hold all. The budget is 90 % of what JAX offers, as `load` takes it. Prints Markdown, then one line of
-JSON.
+memory does not hold all and is given as `host_memory`. The budget is 90 % of what JAX offers, as `load` takes it.
+Prints Markdown, then one line of JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -70,8 +71,6 @@ def _cell(row: dict[str, Any]) -> str:
     rates = " / ".join(_three_digits(speed["tokens_per_second"]) for speed in (one, many, prompt))
     absent = 1 - row["host_blocks"] / row["experts"]
     short = f"; {100 * absent:.0f} % on disk" if absent else ""
-    if row["host_short"]:
-        short = f"; host {format_bytes(row['host_short'])} short"
     hits = f"{100 * row['hit_rate']:.0f} % hits"
     band = f"{_three_digits(one['low'])} to {_three_digits(one['high'])}"
     return f"{rates} ({band}); {hits}, {one['bound']}{short}"
@@ -116,6 +115,11 @@ def _forecast(spec: ModelSpec, machine: Machine) -> Forecast:
     budget = int(_SHARE * machine.device_memory)
     context = min(CONTEXT, spec.max_position)
     request = MemoryRequest(device_memory=budget, batch=BATCH, context=context)
+    found = forecast(spec, arithmetic_plan(spec, request, machine.platform), machine)
+    if not found.host_short:
+        return found
+    room = machine.host_memory - (found.host_bytes - spec.total_experts * spec.block_bytes)
+    request = dataclasses.replace(request, host_memory=room)
     return forecast(spec, arithmetic_plan(spec, request, machine.platform), machine)
 
 

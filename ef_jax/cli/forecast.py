@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ef_jax.memory.plan import MemoryRequest
     from ef_jax.spec import ModelSpec
 
-_NEEDED = ("machine", "bandwidth", "trace")
+_NEEDED = {"machine": None, "bandwidth": None, "trace": None, "miss": "fetch"}
 
 
 def add_forecast_options(parser: argparse.ArgumentParser) -> None:
-    """`--forecast`, and what it goes by; `--host-memory` is then the RAM of the machine."""
+    """`--forecast`, and what it goes by."""
     group = parser.add_argument_group("forecast")
     group.add_argument("--forecast", action="store_true", help="also say how fast it will be, by arithmetic")
     group.add_argument(
@@ -30,6 +30,7 @@ def add_forecast_options(parser: argparse.ArgumentParser) -> None:
         help="where: a machine known by name, or a profile of ef-jax doctor (default: what ef-jax doctor has measured)",
     )
     group.add_argument("--bandwidth", metavar="RATE[+LATENCY]", help="of the link, one way, for example 25GB/s")
+    common.add_miss_option(group)
     group.add_argument("--trace", metavar="FILE", help="recorded routing to replay for the hit rate, of ef-jax trace")
 
 
@@ -40,8 +41,8 @@ def chosen_machine(options: argparse.Namespace) -> "Machine | None":
       InputError: an option that needs a forecast, a machine that is not known, or a figure that none has.
     """
     if not options.forecast:
-        for name in _NEEDED:
-            if getattr(options, name) is not None:
+        for name, default in _NEEDED.items():
+            if getattr(options, name) != default:
                 raise InputError(f"--{name.replace('_', '-')} is for forecasts: give --forecast too")
         return None
     from ef_jax.forecast import MACHINES, find_machine
@@ -57,8 +58,6 @@ def chosen_machine(options: argparse.Namespace) -> "Machine | None":
         )
     if options.bandwidth is not None:
         machine = machine.with_link(LinkModel.parse(options.bandwidth))
-    if options.host_memory is not None:
-        machine = dataclasses.replace(machine, host_memory=options.host_memory)
     return machine
 
 
@@ -72,7 +71,7 @@ def request_for(
     """
     from ef_jax.planning import make_request
 
-    given = {**common.memory_options(options, batch=1), "host_memory": None}
+    given = common.memory_options(options, batch=1)
     budget = given.pop("device_memory")
     if budget is None and given["expert_fraction"] is None:
         if machine.platform == "cpu":
@@ -92,13 +91,13 @@ def forecast_table(result: "Forecast") -> str:
     device = f"{format_bytes(result.device_bytes)} of {format_bytes(machine.device_memory)}"
     host = f"{format_bytes(result.host_bytes)} of {format_bytes(machine.host_memory)}"
     short = f"{format_bytes(result.host_short)} short" if result.host_short else "fits"
-    if result.host_blocks < result.experts and not result.host_short:
-        short = f"holds {result.host_blocks} of {result.experts} experts, the others stay on disk"
+    if result.host_blocks < result.experts:
+        short += f"; holds {result.host_blocks} of {result.experts} experts, the others stay on disk"
     batched = [("decode", result.batched)] if result.batched.batch > 1 else []
     rows = [("decode", result.single), *batched, ("prompt", result.prompt)]
     return "\n".join(
         [
-            f"forecast on {machine.name} ({machine.source})",
+            f"forecast on {machine.name} ({machine.source}){'' if result.miss == 'fetch' else f', miss {result.miss}'}",
             f"  {'device':12} {device:>22}  {'fits' if result.fits_device else 'does not fit'}",
             f"  {'host':12} {host:>22}  {short}",
             *(_line(name, speed) for name, speed in rows),

@@ -95,17 +95,22 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="run the rows of resident experts while others are on their way, or all together (default: auto)",
     )
+    add_miss_option(group)
     group.add_argument(
+        "--emulate-link",
+        metavar="RATE[+LATENCY]",
+        help="hold copies back as a link of that bandwidth would, for example 25GB/s or 25GB/s+10us",
+    )
+
+
+def add_miss_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """`--miss`."""
+    parser.add_argument(
         "--miss",
         choices=("fetch", "compute", "auto"),
         default="fetch",
         help="copy missing experts to the device, have the host compute them where they lie, or split them by what "
         "both are measured to take; beside an accelerator the host rounds otherwise (default: fetch)",
-    )
-    group.add_argument(
-        "--emulate-link",
-        metavar="RATE[+LATENCY]",
-        help="hold copies back as a link of that bandwidth would, for example 25GB/s or 25GB/s+10us",
     )
 
 

@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> None:
     expected = None
     if machine is not None:
         with console.status("replaying the trace ...", shown=trace is not None):
-            expected = forecast(spec, plan, machine, trace=trace)
+            expected = forecast(spec, plan, machine, trace=trace, miss=options.miss)
         warnings = (*warnings, *(text for text in expected.warnings if text not in plan.warnings))
     moved = 0 if plan.slots == plan.experts else plan.token_cycle * plan.block_bytes
     if options.json:

@@ -61,8 +61,8 @@ class Forecast:
       machine: what it runs on.
       slots: cache slots, of `experts`.
       device_bytes: what the plan puts on the device.
-      host_blocks: expert blocks that the host's memory holds; where not all fit, the others stay on disk.
-      host_bytes: what the host must hold: these blocks, 1 GB besides, and on a CPU the device's bytes too.
+      host_blocks: expert blocks that the plan keeps in host memory; the others stay on disk.
+      host_bytes: what the host must hold: the plan's blocks, 1 GB besides, and on a CPU the device's bytes too.
       miss: what becomes of experts that a step misses.
       single: decoding one sequence.
       batched: decoding the plan's batch.
@@ -130,8 +130,7 @@ def forecast(
       InputError: the trace is of another model.
     """
     positions = plan.context // 2
-    besides = _HOST_SLACK + (plan.total if machine.platform == "cpu" else 0)
-    host_blocks = _host_blocks(plan, machine.host_memory - besides)
+    host_blocks = plan.experts if plan.host is None else plan.host.places
     decode = _decoding(spec, plan, machine, positions, trace, host_blocks, miss)
     cached = plan.slots / plan.experts
     tokens = plan.chunk
@@ -147,7 +146,7 @@ def forecast(
             on_host=host_blocks / plan.experts,
         )
 
-    host_bytes = host_blocks * plan.block_bytes + besides
+    host_bytes = plan.host_bytes + _HOST_SLACK + (plan.total if machine.platform == "cpu" else 0)
     single = decode(1)
     result = Forecast(
         machine=machine,
@@ -165,12 +164,6 @@ def forecast(
         warnings=(),
     )
     return dataclasses.replace(result, warnings=_warnings(result, plan))
-
-
-def _host_blocks(plan: MemoryPlan, room: int) -> int:
-    """Blocks that the host holds: all, or what there is room for, but no fewer than a layer of a step can need."""
-    least = min(plan.experts, plan.token_cycle)
-    return min(plan.experts, max(least, room // plan.block_bytes))
 
 
 def _decoding(
@@ -193,10 +186,11 @@ def _decoding(
                 return prior_hit_rate(spec, blocks, batch)
             return replayed_hit_rate(spec, trace, blocks, batch)
 
-        rate, on_host = rate_with(slots), rate_with(host_blocks)
+        # What the device has leaves the host first, so that at best the two hold different blocks.
+        rate, on_host, together = rate_with(slots), rate_with(host_blocks), rate_with(slots + host_blocks)
         work = step_work(spec, batch=batch, positions=positions)
         hits = (rate.low, rate.expected, rate.high)
-        host_hits = (on_host.low, on_host.expected, on_host.high)
+        host_hits = (on_host.low, on_host.expected, together.high)
 
         def step(way: Way) -> PassTime:
             return step_time(
@@ -237,14 +231,10 @@ def _warnings(result: Forecast, plan: MemoryPlan) -> tuple[str, ...]:
             f"the plan needs {format_bytes(result.device_bytes)} on the device and {machine.name} has "
             f"{format_bytes(machine.device_memory)}: {format_bytes(result.device_bytes - machine.device_memory)} short"
         )
-    if result.host_blocks < result.experts and not result.host_short:
-        found.append(
-            f"host memory holds {result.host_blocks} of {result.experts} experts: the others are read from disk when "
-            "they are needed, from a converted checkpoint"
-        )
     if result.host_short:
         found.append(
-            f"a step's experts need {format_bytes(result.host_bytes)} of host memory and {machine.name} has "
-            f"{format_bytes(machine.host_memory)}: {format_bytes(result.host_short)} short"
+            f"the experts need {format_bytes(result.host_bytes)} of host memory and {machine.name} has "
+            f"{format_bytes(machine.host_memory)}: {format_bytes(result.host_short)} short; with less host_memory more "
+            "of them stay on disk"
         )
     return tuple(found)

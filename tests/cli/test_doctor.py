@@ -133,7 +133,14 @@ def test_forecast_options(cache: Path, config: Path, tmp_path: Path, capsys: pyt
     assert slow["single"]["tokens_per_second"] < fast["single"]["tokens_per_second"]
     assert fast["machine"]["link_latency"] == 1e-6
 
-    small = forecast("--host-memory", "500MB")
+    computed = forecast("--bandwidth", "1MB/s", "--miss", "compute")
+    assert (computed["miss"], computed["single"]["link_bytes_per_token"]) == ("compute", 0)
+    assert computed["single"]["tokens_per_second"] > slow["single"]["tokens_per_second"]
+
+    little = tmp_path / "little.json"
+    machine = dataclasses.replace(MACHINES["rtx4090-pcie4"], host_memory=500 * 10**6)
+    write_profile(little, Profile(machine=machine, measured={}))
+    small = forecast("--machine", str(little))
     assert small["host_short"] == small["host_bytes"] - 500 * 10**6 > 0
     assert not small["fits"]
     assert format_bytes(small["host_short"]) in small["warnings"][-1]
@@ -159,7 +166,7 @@ def test_a_plan_that_the_machine_has_no_room_for(
     ("words", "message"),
     [
         (["--machine", "h100-sxm-pcie5"], "--machine is for forecasts: give --forecast too"),
-        (["--host-memory", "1GiB"], "--host-memory is for forecasts"),
+        (["--miss", "compute"], "--miss is for forecasts"),
         (["--forecast"], "this machine has not been measured: run ef-jax doctor first, or give --machine h100"),
         (["--forecast", "--machine", "abacus"], "the known ones are h100-sxm-pcie5, a100-pcie4"),
         (["--forecast", "--machine", "a100-pcie4", "--bandwidth", "25"], "'25' is not a bandwidth"),

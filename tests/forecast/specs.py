@@ -23,7 +23,17 @@ def small_with(**changes: Any) -> ModelSpec:
     return spec_from_config(json.loads(json.dumps(CONFIGS["qwen2_moe"] | changes)))
 
 
-def plan_of(spec: ModelSpec, share: float, *, batch: int = 1, platform: str = "gpu", context: int = 64) -> MemoryPlan:
+def plan_of(
+    spec: ModelSpec,
+    share: float,
+    *,
+    batch: int = 1,
+    platform: str = "gpu",
+    context: int = 64,
+    host_memory: int | None = None,
+) -> MemoryPlan:
     """A plan with slots for a share of the experts."""
-    request = MemoryRequest(expert_fraction=share, batch=batch, context=context, chunk=32)
+    request = MemoryRequest(
+        expert_fraction=share, batch=batch, context=context, chunk=32, host_memory=host_memory
+    )  # fmt: skip
     return arithmetic_plan(spec, request, "cpu" if platform == "cpu" else "gpu")
