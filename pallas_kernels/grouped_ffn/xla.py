@@ -39,7 +39,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: Any) -> Float32[Array, "_ _"]:
 
 
 def _parts(problem: Problem, groups: tuple[int, int] | None) -> int:
-    """How many parts a block is taken in: of those that fit it the fewest that are small enough, if there are any.
+    """How many parts a block is taken in: of those that fit it the fewest that are small enough, or else the smallest.
 
     They are part of a result's rounding, so they depend on sizes and dtypes only. `groups`: of a quantized pool.
     """
@@ -47,7 +47,8 @@ def _parts(problem: Problem, groups: tuple[int, int] | None) -> int:
         return 1
     block_bytes = (problem.down_part + 1) * problem.width * problem.contract * problem.dtype.itemsize
     least = -(-block_bytes // PART_BYTES)
-    return next((parts for parts in range(least, 4 * least) if fits(groups, problem.width, parts)), 1)
+    candidates = (*range(least, 4 * least), *range(least - 1, 0, -1))
+    return next(parts for parts in candidates if fits(groups, problem.width, parts))
 
 
 def _ffn(

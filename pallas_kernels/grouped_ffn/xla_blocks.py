@@ -16,7 +16,7 @@ from pallas_kernels.grouped_ffn.quantized import (
     QuantizedPool,
     decode_halves,
     decode_scales,
-    dequantize,
+    dequantize_apart,
     is_packed,
 )
 from pallas_kernels.grouped_ffn.storage import Pool, from_storage, to_storage
@@ -35,10 +35,11 @@ class BlockPart(NamedTuple):
 
 
 def fits(pool_groups: tuple[int, int] | None, width: int, parts: int) -> bool:
-    """Whether a block can be taken in so many parts of its width, quantized weights in whole groups."""
+    """Whether a block can be taken in so many parts of its width, quantized weights in whole groups unless they all
+    share a scale."""
     if width % parts:
         return False
-    return pool_groups is None or parts == 1 or width // parts % pool_groups[1] == 0
+    return pool_groups is None or parts == 1 or pool_groups[1] == width or width // parts % pool_groups[1] == 0
 
 
 def load_part(
@@ -73,9 +74,10 @@ def _sliced(pool: QuantizedPool, slot: jax.Array, part: jax.Array | int, parts: 
 
     def along(array: jax.Array, axis: int) -> jax.Array:
         sizes = [1, *array.shape[1:]]
-        sizes[axis] //= parts
         starts: list[jax.Array | int] = [slot, *(0,) * (array.ndim - 1)]
-        starts[axis] = part * sizes[axis]
+        if sizes[axis] > 1:
+            sizes[axis] //= parts
+            starts[axis] = part * sizes[axis]
         run = jax.lax.dynamic_slice(to_storage(array), starts, sizes)
         return run if run.dtype == array.dtype else from_storage(run, array.dtype)
 
@@ -91,8 +93,8 @@ def _decoded(block: QuantizedPool, dtype: jax.typing.DTypeLike) -> BlockPart:
     _, _, width, hidden = block.shape
     of_columns, of_rows = block.groups
     if not is_packed(block.format) or hidden // 2 % of_columns:
-        weights = dequantize(block)[0].astype(dtype)
-        return BlockPart((weights[:-1].reshape(-1, hidden),), (weights[-1],))
+        gate_up, down = dequantize_apart(block)
+        return BlockPart((gate_up.astype(dtype).reshape(-1, hidden),), (down[0].astype(dtype),))
     halves = decode_halves(block.values[0], block.format)
     inward_scales = jnp.split(decode_scales(block.gate_up_scales[0]), 2, axis=-1)
     down_scales = jnp.split(decode_scales(block.down_scales[0]), 2, axis=-1)
