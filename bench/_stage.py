@@ -75,12 +75,12 @@ def generate(model: str, budget: str, tokens: str) -> dict[str, Any]:
 
 def _process() -> dict[str, int | None]:
     return {
-        "peak_rss_bytes": _field("status", "VmHWM", 1024),
-        "storage_bytes": _field("io", "read_bytes", 1),
+        "peak_rss_bytes": process_field("status", "VmHWM", 1024),
+        "storage_bytes": process_field("io", "read_bytes", 1),
     }
 
 
-def _field(file: str, name: str, unit: int) -> int | None:
+def process_field(file: str, name: str, unit: int) -> int | None:
     """A number of this process in /proc; None where the system does not tell."""
     try:
         lines = Path("/proc/self", file).read_text().splitlines()

@@ -55,12 +55,12 @@ class Synthetic:
     @property
     def spec(self) -> ModelSpec:
         """What model it is."""
-        return spec_from_config(_config(self))
+        return spec_from_config(config_of(self))
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return sum(math.prod(shape) for shape in _shapes(_config(self)).values()) * _ITEM_BYTES
+        return sum(math.prod(shape) for shape in _shapes(config_of(self)).values()) * _ITEM_BYTES
 
 
 def main() -> int:
@@ -86,11 +86,11 @@ def write_synthetic(directory: Path, shape: Synthetic) -> dict[str, Any]:
       FileExistsError: `directory` exists.
       UnsupportedError: the family does not allow the shape.
     """
-    config = _config(shape)
+    config = config_of(shape)
     shards = list(_shards(_shapes(config)))
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    source = _Weights(shape.seed)
+    source = Weights(shape.seed)
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -107,7 +107,7 @@ def write_synthetic(directory: Path, shape: Synthetic) -> dict[str, Any]:
     }
 
 
-class _Weights:
+class Weights:
     """Normal numbers for any tensor, without drawing them anew."""
 
     def __init__(self, seed: int) -> None:
@@ -152,7 +152,7 @@ def _by_layer(name: str) -> tuple[int, str]:
     return (int(parts[2]) if parts[1] == "layers" else -1, name)
 
 
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], source: _Weights) -> None:
+def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], source: Weights) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -167,7 +167,8 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], source: _Weight
                 file.write(run.view(np.uint8))
 
 
-def _config(shape: Synthetic) -> dict[str, Any]:
+def config_of(shape: Synthetic) -> dict[str, Any]:
+    """The config.json of a checkpoint of that shape."""
     head_dim = 64
     heads = max(1, shape.hidden // head_dim)
     config = {

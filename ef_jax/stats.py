@@ -47,7 +47,8 @@ class DiskStats:
 
     A hit, late hit or miss is one block that the link asks for: in host memory, on its way there, or only on disk.
     `bytes_read` were read because the link asked, `bytes_ahead` because a prediction said that it would; `bytes_wasted`
-    of these left the pool unused. `stall_seconds` were spent in waiting for reads. `buffers_made` blocks were for a
+    of these left the pool unused. `stall_seconds` were spent in waiting for reads, and in `read_seconds` at least one
+    was under way. `buffers_made` blocks were for a
     while one more than the plan has memory for. `horizon` says how far ahead each layer's blocks are read and why.
     """
 
@@ -59,6 +60,7 @@ class DiskStats:
     bytes_ahead: int = 0
     bytes_wasted: int = 0
     stall_seconds: float = 0.0
+    read_seconds: float = 0.0
     buffers_made: int = 0
     horizon: dict[str, Any] | None = None
 

@@ -75,6 +75,11 @@ class DiskLink:
         return self._ahead
 
     @property
+    def busy_seconds(self) -> float:
+        """Seconds since construction in which any read was under way."""
+        return self._queue.busy_seconds
+
+    @property
     def pace(self) -> LinkPace:
         """See `PrefetchLink`: a block's time is that of all reads under way together, over their number."""
         ended, seconds = self._queue.busy()

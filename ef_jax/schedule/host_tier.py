@@ -62,6 +62,7 @@ class HostTier:
         self._asked = Admission(0, [], [], [], [])
         self._needed: list[int] = []
         self._ahead = self._wasted = 0
+        self._busy = 0.0
 
     def listen(self, predictor: Predictor, device: Residency, *, most_wasted: float = 1.0) -> None:
         """Read ahead what `predictor` says will be used and what the slots of `device` do not have; of the blocks read,
@@ -258,3 +259,6 @@ class HostTier:
         self.stats.bytes_ahead += (ahead - self._ahead) * self.block_bytes
         self.stats.bytes_wasted += (wasted - self._wasted) * self.block_bytes
         self._ahead, self._wasted = ahead, wasted
+        busy = self.disk.busy_seconds
+        self.stats.read_seconds += busy - self._busy
+        self._busy = busy

@@ -88,6 +88,14 @@ class ReadQueue:
         with self._shared.changed:
             return self._shared.changed.wait_for(lambda: read.done, seconds)
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since construction in which any read was under way."""
+        shared = self._shared
+        with shared.changed:
+            shared.tick()
+            return shared.in_all
+
     def busy(self) -> tuple[int, float]:
         """Reads that have ended since this was last asked, and the seconds in which any was under way."""
         shared = self._shared
@@ -114,7 +122,7 @@ class _Shared:
         self.demand: deque[Read] = deque()
         self.ahead: deque[Read] = deque()
         self.begun = self.ended = self.running = 0
-        self.seconds, self.since = 0.0, 0.0
+        self.seconds = self.in_all = self.since = 0.0
         self.closed = False
 
     def close(self) -> None:
@@ -148,6 +156,7 @@ class _Shared:
         now = time.perf_counter()
         if self.running:
             self.seconds += now - self.since
+            self.in_all += now - self.since
         self.since = now
         return now
 

@@ -12,6 +12,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.accuracy import Accuracy
 from ef_jax.predict.predictor import Predictor
+from ef_jax.schedule.arrivals import Arrivals
 from ef_jax.schedule.host_tier import HostTier
 from ef_jax.schedule.link import Blocks, Link, PrefetchLink
 from ef_jax.schedule.prefetch import PredictorError, Prefetcher, distinct
@@ -46,6 +47,7 @@ class Scheduler(Generic[Blocks]):
       candidates: how blocks are chosen, see `Prefetcher`.
       need: estimate of the blocks that are needed, see `Prefetcher`.
       most_wasted: share of the bytes moved that may be fetched for nothing, see `WasteBound`.
+      lingers: `ask` may be told of blocks to copy later.
       trial: where prefetching is automatic, hold a `Trial` of it; False where nothing but copies takes the host time,
         as on a virtual clock.
       below: the host's blocks where part of them is on disk; None: all of them are in host memory.
@@ -68,6 +70,7 @@ class Scheduler(Generic[Blocks]):
         candidates: str = "value",
         need: str = "batch",
         most_wasted: float = 1.0,
+        lingers: bool = False,
         trial: bool = True,
         below: HostTier | None = None,
         now: Callable[[], float] = time.perf_counter,
@@ -79,6 +82,8 @@ class Scheduler(Generic[Blocks]):
         self._predictor = predictor
         self._accuracy: Accuracy | None = None
         self._prefetcher: Prefetcher[Blocks] | None = None
+        self._lingers = lingers and isinstance(link, PrefetchLink)
+        self._arrivals: Arrivals[Blocks] | None = Arrivals(residency, link) if self._lingers else None
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
@@ -86,7 +91,7 @@ class Scheduler(Generic[Blocks]):
         self._off_because = self._reason_to_be_off(prefetch)
         if self._off_because is None and predictor is not None and isinstance(link, PrefetchLink):
             horizon = prefetch if isinstance(prefetch, int) else None
-            self._prefetcher = Prefetcher(
+            self._arrivals = self._prefetcher = Prefetcher(
                 residency,
                 link,
                 predictor,
@@ -215,6 +220,7 @@ class Scheduler(Generic[Blocks]):
         ahead: UInt8[np.ndarray, "distances E"] | None = None,
         *,
         left: Sequence[int] = (),
+        later: Sequence[int] = (),
     ) -> Admission:
         """Start what one layer of a decode step needs, and after it the prefetches for coming layers; never waits.
 
@@ -223,6 +229,7 @@ class Scheduler(Generic[Blocks]):
           rows: the experts of each active sequence, in batch order and in the router's order.
           ahead: what the pre-gate sees from this layer, see `Predictor.on_ahead`.
           left: of what `absent` has told, the experts that are not to be copied.
+          later: of these, those to be copied when the link has nothing else to do, for their next use.
 
         Returns:
           Where the experts are, or will be after `complete`, which has to follow before the next `ask` unless nothing
@@ -252,27 +259,35 @@ class Scheduler(Generic[Blocks]):
                 prefetcher.served(layer, needed, admission)
                 self._plan(layer, needed)
             self._read_ahead(layer)
+        if self._lingers and self._arrivals is not None:
+            self._arrivals.follow(layer, later, distinct(rows))
         return admission
 
     def fetch_left(self, rows: Sequence[Sequence[int]], admission: Admission, experts: Sequence[int]) -> None:
         """Copy after all some `experts` that the last `ask`, for these `rows`, was told to leave; `complete` has
         followed it."""
-        link, phase = self.link, self.stats.decode
+        link, phase, layer = self.link, self.stats.decode, self._layer
         self._unsure = True
-        self.residency.admit_left(self._layer, rows, admission, experts)
         spent = link.seconds
-        link.finish(link.start(self._layer, experts), admission.missing_slots[-len(experts) :])
+        self._gate()
+        absent = self.residency.absent(layer, experts)
+        if self._arrivals is not None:
+            waiting = [expert for expert in experts if (layer, expert) in self.residency.in_flight]
+            self._wait(self._arrivals, waiting)
+        if absent:
+            self.residency.admit_left(layer, rows, admission, absent)
+            link.finish(link.start(layer, absent), admission.missing_slots[-len(absent) :])
         self._unsure = False
         phase.stall_seconds += link.seconds - spent
-        phase.misses[self._layer] += len(experts)
-        phase.bytes_demand += len(experts) * self._block_bytes
+        phase.misses[layer] += len(absent)
+        phase.bytes_demand += len(absent) * self._block_bytes
 
     def complete(self, admission: Admission) -> None:
         """Wait until all that the last `ask` answered is in its slots."""
         link, began = self.link, self._now()
         spent = link.seconds
-        if admission.late and self._prefetcher is not None:
-            self._wait(self._prefetcher, admission.late)
+        if admission.late and self._arrivals is not None:
+            self._wait(self._arrivals, admission.late)
         if self._pending is not None:
             link.finish(self._pending, admission.missing_slots)
             self._pending = None
@@ -296,9 +311,9 @@ class Scheduler(Generic[Blocks]):
         if self._trial is not None:
             self._trial.pause()
         spent = link.seconds
-        if self._prefetcher is not None:
-            self._prefetcher.drain()
-            self._count_prefetches(self._prefetcher.begun)
+        if self._arrivals is not None:
+            self._arrivals.drain()
+            self._count_prefetches(self._arrivals.begun)
         self._unsure = True
         waves, hits, misses = prompt_waves(residency, layer, counts, wave_size=self._wave_size)
         phase.hits[layer] += hits
@@ -324,9 +339,9 @@ class Scheduler(Generic[Blocks]):
 
     def end_run(self) -> None:
         """No step follows for now: what is queued will not be fetched. `stats` gets the reports of the run."""
-        if self._prefetcher is not None:
-            self._prefetcher.gate()
-            self._count_prefetches(self._prefetcher.begun)
+        if self._arrivals is not None:
+            self._arrivals.gate()
+            self._count_prefetches(self._arrivals.begun)
         if self._below is not None:
             self._below.end_run()
         if self._trial is not None:
@@ -353,9 +368,9 @@ class Scheduler(Generic[Blocks]):
 
     def _gate(self) -> None:
         """A layer is about to ask."""
-        if self._prefetcher is not None:
-            self._prefetcher.gate()
-            self._count_prefetches(self._prefetcher.begun)
+        if self._arrivals is not None:
+            self._arrivals.gate()
+            self._count_prefetches(self._arrivals.begun)
         if self._below is not None:
             self._below.gate()
 
@@ -439,10 +454,10 @@ class Scheduler(Generic[Blocks]):
         except PredictorError as error:
             self._give_up(error)
 
-    def _wait(self, prefetcher: Prefetcher[Blocks], late: list[int]) -> None:
+    def _wait(self, arrivals: Arrivals[Blocks], late: Sequence[int]) -> None:
         """Wait for blocks under way; those whose copy has failed are copied on demand."""
         link, layer, phase = self.link, self._layer, self.stats.decode
-        if not (failed := prefetcher.wait(layer, late)):
+        if not (failed := arrivals.wait(layer, late)):
             return
         slots = self.residency.waiting(layer, failed)
         link.finish(link.start(layer, failed), slots)
