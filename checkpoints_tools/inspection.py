@@ -53,7 +53,7 @@ def as_table(contents: dict[str, Any]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    if name == "files":
+    if name in ("files", "extra") and value:
         names = list(value)
         return f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     if name == "bytes" or name.endswith("_bytes"):
