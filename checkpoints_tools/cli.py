@@ -67,7 +67,13 @@ def _convert_or_verify(words: list[str]) -> tuple[dict[str, Any], bool]:
 def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(checkpoint, HuggingFaceCheckpoint) and options.to in (None, "orbax"):
         _keep_off_accelerators()
-        manifest = convert_to_orbax(checkpoint, destination, options.dtype, quantize=options.quantize)
+        manifest = convert_to_orbax(
+            checkpoint,
+            destination,
+            options.dtype,
+            quantize=options.quantize,
+            calibrate=_calibration(checkpoint, options),
+        )
         dtype = None
     elif isinstance(checkpoint, ConvertedCheckpoint) and options.to == "huggingface":
         if options.quantize is not None:
@@ -92,6 +98,7 @@ def _convert(checkpoint: Checkpoint, destination: Path, options: argparse.Namesp
             "family": written.spec.family,
             "dtype": written.spec.dtype,
             "experts_in": written.spec.block_dtype,
+            "calibration_tokens": manifest.calibration_tokens,
             **_dequantized(checkpoint),
             "bytes": written.nbytes,
             "experts": written.spec.total_experts,
@@ -104,6 +111,25 @@ def _dequantized(checkpoint: Checkpoint) -> dict[str, str]:
     if isinstance(checkpoint, HuggingFaceCheckpoint) and checkpoint.dequantizes:
         return {"dequantized": f"fp8 to {checkpoint.spec.dtype}"}
     return {}
+
+
+def _calibration(checkpoint: Checkpoint, options: argparse.Namespace) -> list[int] | None:
+    """The tokens of the text that was named to round by."""
+    if options.calibrate is None:
+        return None
+    if options.quantize is None:
+        raise InputError("--calibrate is for --quantize: give that too, or leave it out")
+    if checkpoint.tokenizer_dir is None:
+        raise InputError(f"{str(checkpoint.path)!r} has no tokenizer to read --calibrate with: leave that out")
+    from ef_jax.text import Tokenizer
+
+    try:
+        text = Path(options.calibrate).read_bytes().decode()
+    except OSError as error:
+        raise InputError(f"cannot read {options.calibrate!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{options.calibrate!r} is not text in UTF-8: give another file") from None
+    return Tokenizer.load(checkpoint.tokenizer_dir, checkpoint.spec.vocab).encode(text)
 
 
 def _keep_off_accelerators() -> None:
@@ -124,6 +150,11 @@ def _convert_parser() -> console.Parser:
         "--quantize",
         metavar="FORMAT",
         help="round the experts to int8, int4 (a scale for 32 weights) or for example int4:64; lossy, no way back",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="round by what the experts read of this text, in UTF-8, some ten thousand tokens (default: to nearest)",
     )
     _add_common(parser)
     return parser

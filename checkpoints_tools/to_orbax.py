@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def convert_to_orbax(
     show_progress: bool | None = None,
     *,
     quantize: str | None = None,
+    calibrate: Sequence[int] | None = None,
 ) -> Manifest:
     """Write the converted checkpoint of `source` to the directory `destination`, or finish writing it.
 
@@ -75,6 +76,7 @@ def convert_to_orbax(
       dtype: the dtype that was asked for; None keeps the source's.
       show_progress: draw a progress bar; None does so on a terminal.
       quantize: round the experts to "int8", "int4" or for example "int4:64"; there is no way back.
+      calibrate: token ids of a text to round them by; None rounds to nearest.
 
     Returns:
       The complete manifest.
@@ -85,7 +87,14 @@ def convert_to_orbax(
       InputError: the experts cannot be so quantized; the destination cannot be used or written. What was finished of
         it stays, for resuming.
     """
-    blocks = source if quantize is None else QuantizedCheckpoint(source, quantize)
+    blocks: Checkpoint = source
+    if quantize is not None:
+        blocks = QuantizedCheckpoint(source, quantize)
+    used = None
+    if calibrate is not None:
+        from checkpoints_tools.calibration import CalibratedCheckpoint, calibration_tokens
+
+        used = calibration_tokens(source.spec, calibrate)
     _check_way_back(source)
     read = {name: file for name, file in source.files.items() if file.tensors.keys() - source.left_out}
     headers = {name: _header_in_dtype(source, file) for name, file in read.items()}
@@ -99,9 +108,10 @@ def convert_to_orbax(
         dtype=check_dtype_name(source.spec.dtype),
         experts=source.layout.experts,
         nbytes=weights_bytes,
-        fingerprint=_fingerprint(source, files, quantization),
+        fingerprint=_fingerprint(source, files, f"{quantization or ''}{'' if calibrate is None else list(calibrate)}"),
         files={name: zlib.crc32(data) for name, data in files.items()},
         quantization=quantization,
+        calibration_tokens=used,
     )
     needed = weights_bytes + _bytes_of_dequantizing(source) + arrays * _OVERHEAD_BYTES_PER_ARRAY
     if is_converted(destination):
@@ -118,6 +128,8 @@ def convert_to_orbax(
             write_atomically(stage / NAME, manifest.to_json())
     with locked(destination):
         try:
+            if quantize is not None and calibrate is not None:
+                blocks = CalibratedCheckpoint(source, quantize, calibrate)
             with reporting_write_errors(destination):
                 return _write_arrays(source, blocks, destination, manifest, show_progress)
         except WriteError as error:
@@ -252,9 +264,9 @@ def _remove_uncommitted(destination: Path, manifest: Manifest) -> None:
             shutil.rmtree(path)
 
 
-def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes], quantization: str | None) -> str:
+def _fingerprint(source: HuggingFaceCheckpoint, files: dict[str, bytes], quantization: str) -> str:
     """A digest of the source's text files, headers and a sample of its weights, and of the quantization."""
-    digest = hashlib.blake2b((quantization or "").encode(), digest_size=16)
+    digest = hashlib.blake2b(quantization.encode(), digest_size=16)
     for name, data in files.items():
         digest.update(f"{name} {len(data)} ".encode() + data)
     for name, file in source.files.items():

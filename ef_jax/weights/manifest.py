@@ -33,6 +33,7 @@ class Manifest:
       layers: decoder layer -> checksum of each expert's block; a layer is here once it is committed.
       complete: everything is written.
       quantization: the blocks were rounded to "int8" or for example "int4:32"; None: they are the source's own.
+      calibration_tokens: of the text that they were rounded by; None: to nearest, if at all.
     """
 
     spec: dict[str, Any]
@@ -46,6 +47,7 @@ class Manifest:
     layers: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     complete: bool = False
     quantization: str | None = None
+    calibration_tokens: int | None = None
 
     def to_json(self) -> bytes:
         """The manifest as a JSON text."""
@@ -87,6 +89,8 @@ def _parse(fields: dict[str, Any]) -> Manifest:
     if (rounded := fields.get("quantization")) is not None:
         _require(isinstance(rounded, str), "quantization")
         quantization(rounded)
+    if (tokens := fields.get("calibration_tokens")) is not None:
+        _require(type(tokens) is int and tokens > 0, "calibration_tokens")
     _require(all(map(plain_file_name, fields["files"])) and _are_checksums(fields["files"].values()), "files")
     _require(all(map(plain_file_name, fields["dense"])) and _are_checksums(fields["dense"].values()), "dense")
     _require(fields["extra"].keys() <= fields["dense"].keys(), "extra")
