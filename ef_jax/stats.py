@@ -27,8 +27,14 @@ class PhaseStats:
     @classmethod
     def empty(cls, layers: int) -> "PhaseStats":
         """Zeros for a model with `layers` MoE layers."""
-        counts = ("hits", "late_hits", "misses", "skipped", "low_precision", "computed")
-        return cls(**{name: [0] * layers for name in counts})
+        return cls(
+            hits=[0] * layers,
+            late_hits=[0] * layers,
+            misses=[0] * layers,
+            skipped=[0] * layers,
+            low_precision=[0] * layers,
+            computed=[0] * layers,
+        )
 
     @property
     def absent(self) -> int:
