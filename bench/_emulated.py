@@ -102,6 +102,12 @@ class EmulatedModels:
             predictor = History(**shape)
         real = device_link_kind(spec, self._store, device, slots=total, mode="in_program")
         emulated = link_kind(real, link, **link_options)
+        residency = Residency(
+            **shape,
+            cache_slots=slots,
+            staging_slots=total - slots,
+            policy=make_policy(policy, **shape, cache_slots=slots),
+        )
         lossy, programs = LOSSLESS, self._looking
         if skip is not None:
             lossy = LossyOptions(skip=skip)
@@ -109,18 +115,13 @@ class EmulatedModels:
         handlers = light_misses(programs, emulated, None, device, mode="in_program")
         if (checked := check_miss(miss)) != "fetch":
             host = host_kind(spec, self._looking.kernels, batch=plan.batch, device=device)
-            handlers.append(ComputeInPlace(host, self._store, emulated, checked))
+            handlers.append(ComputeInPlace(host, self._store, emulated, residency, checked))
         engine = Engine(
             spec,
             plan,
             programs if looking is not None else self._blind if skip is None else programs.without_look_ahead(),
             lm._engine.dense,
-            Residency(
-                **shape,
-                cache_slots=slots,
-                staging_slots=total - slots,
-                policy=make_policy(policy, **shape, cache_slots=slots),
-            ),
+            residency,
             emulated,
             device,
             look_ahead=looking,

@@ -46,6 +46,7 @@ SHAPES = {
 }
 _PROMPT_TOKENS = 4
 _CONTEXT = 64
+_PROBES = 20
 _HEAD = ("", "batch", "fetch", "compute", "auto", "auto/best", "auto computed", "MB/token fetch", "auto")
 
 
@@ -92,7 +93,9 @@ def beside(options: argparse.Namespace) -> list[dict[str, Any]]:
         models = EmulatedModels(_all_resident(None, batch))
         engine = models.lm._engine
         real = HostExperts(models.lm.spec, engine.programs.kernels, batch=batch, device=engine.device)
-        stretch = real.probe(1) / (models.lm.spec.block_bytes / parse_bandwidth(options.memory))
+        stretch = min(real.probe(1) for _ in range(_PROBES)) / (
+            models.lm.spec.block_bytes / parse_bandwidth(options.memory)
+        )
         rates = {name: f"{parse_bandwidth(rate) / 1e9 / stretch:.9f}GB/s" for name, rate in RATES.items()}
         host = emulated_host(bandwidth=bandwidth, flops=flops, stretch=stretch)
         compared = _compared(models, options, rates.items(), host)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 
 from ef_jax.errors import InputError
 from ef_jax.lossy import LossyOptions
+from ef_jax.memory.host_plan import check_available
 from ef_jax.memory.host_store import HostStore, Store
 from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
@@ -173,6 +175,7 @@ def load(
         pages = request.host_memory is not None and request.host_memory < spec.total_experts * spec.block_bytes
         if pages:
             check_paging(lossy, quantizes=checkpoint is not stored)
+        check_available(min(request.host_memory or sys.maxsize, spec.total_experts * spec.block_bytes), pages=pages)
         spec = settle_rope(spec, request.context)
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link
@@ -245,7 +248,7 @@ def load(
         handlers += light_misses(programs, link, few_bits, device, mode=mode)
     if checked_miss != "fetch" and plan.slots < spec.total_experts:
         host = HostExperts(spec, kernels, batch=plan.batch, device=device)
-        handlers.append(ComputeInPlace(host, store, link, checked_miss))
+        handlers.append(ComputeInPlace(host, store, link, residency, checked_miss))
     engine = Engine(
         spec,
         plan,

@@ -10,6 +10,7 @@ from jaxtyping import Int, Int32
 
 from ef_jax.errors import InputError, LinkError
 from ef_jax.memory.host_store import Store
+from ef_jax.memory.residency import Residency
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS
 from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.miss_handlers import MissError
@@ -47,18 +48,21 @@ class ComputeInPlace:
       host: computes.
       store: where the blocks are.
       link: copies the others.
+      residency: knows what is on its way, and before them on the link.
       choice: "compute" computes all that is missing, "auto" what is done sooner that way, see `MissCosts`.
 
     Attributes:
-      counter, block_bytes, free: see `MissHandler`.
+      counter, block_bytes, free, lingers: see `MissHandler`.
     """
 
     counter = "computed"
     block_bytes = 0
     free = False
+    lingers = True
 
-    def __init__(self, host: HostExperts, store: Store, link: Link[Any], choice: Miss) -> None:
+    def __init__(self, host: HostExperts, store: Store, link: Link[Any], residency: Residency, choice: Miss) -> None:
         self._host, self._store, self._link, self._choice = host, store, link, choice
+        self._residency = residency
         self._off_because: str | None = None
         if choice == "auto" and not (host.shares_device or isinstance(link, PrefetchLink)):
             self._off_because = 'the link does not measure its copies: leave out copy_mode, or give miss="compute"'
@@ -82,7 +86,8 @@ class ComputeInPlace:
         counts = {expert: sum(expert in row for row in rows) for expert in absent} if len(rows) > 1 else {}
         fewest = sorted(absent, key=lambda expert: counts.get(expert, 1))
         pace = self._link.pace.block_seconds if isinstance(self._link, PrefetchLink) else 0.0
-        return fewest[: self._costs.split([counts.get(expert, 1) for expert in fewest], pace)]
+        busy = max(0.0, len(self._residency.in_flight) - 0.5) * pace
+        return fewest[: self._costs.split([counts.get(expert, 1) for expert in fewest], pace, busy)]
 
     def run(self, layer: int, routed: Routed, kept: Sequence[int], outputs: jax.Array) -> jax.Array:
         """See `MissHandler`.

@@ -101,6 +101,7 @@ class LayerPasses:
             prefetch=prefetching.prefetch,
             candidates=candidates,
             most_wasted=most_wasted,
+            lingers=any(handler.lingers for handler in miss_handlers),
             below=below,
         )
 
@@ -172,7 +173,8 @@ class LayerPasses:
         self._note(COMPUTE, f"layer {index}", self._served_at)
         kept = self._offer(index, rows, weights) if self.miss_handlers else ()
         left = [expert for _, experts in kept for expert in experts]
-        admission = scheduler.ask(index, self._by_age(rows), bins, left=left)
+        later = [expert for handler, experts in kept if handler.lingers for expert in experts]
+        admission = scheduler.ask(index, self._by_age(rows), bins, left=left, later=later)
         if not (admission.missing or admission.late or left):
             return routed, link.pool.array, residency.slot_row(index, admission), outputs
         free = sum(len(experts) for handler, experts in kept if handler.free)

@@ -29,12 +29,13 @@ class SkippedMisses:
       below: the bound, of weights as the router gives them, see `weight_bound`.
 
     Attributes:
-      counter, block_bytes, free: see `MissHandler`.
+      counter, block_bytes, free, lingers: see `MissHandler`.
     """
 
     counter = "skipped"
     block_bytes = 0
     free = True
+    lingers = False
 
     def __init__(self, below: float) -> None:
         self._below = below
@@ -69,11 +70,12 @@ class LowPrecisionMisses:
       compute: the program `Programs.low`.
 
     Attributes:
-      counter, block_bytes, free: see `MissHandler`.
+      counter, block_bytes, free, lingers: see `MissHandler`.
     """
 
     counter = "low_precision"
     free = False
+    lingers = False
 
     def __init__(self, below: float, experts: int, link: SmallLink, compute: Callable[..., Any]) -> None:
         self._below, self._experts, self._link, self._compute = below, experts, link, compute

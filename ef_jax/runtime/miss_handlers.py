@@ -19,11 +19,13 @@ class MissHandler(Protocol):
       counter: the list of `PhaseStats` that counts the experts that it has seen to.
       block_bytes: what each of them moves over the link in low precision; mostly 0.
       free: seeing to them takes no time, so there is nothing to run in the meantime.
+      lingers: their blocks are to be copied when the link has nothing else to do, for the next time.
     """
 
     counter: str
     block_bytes: int
     free: bool
+    lingers: bool
 
     def keep(
         self,

@@ -1,4 +1,4 @@
-"""What a missing expert costs, copied to the device or computed on the host, as measured; which of a layer's to copy."""
+"""What missing experts cost, copied to the device or computed on the host, and which of a layer's to compute."""
 
 import itertools
 import math
@@ -14,9 +14,9 @@ class MissCosts:
     """Running means, and the split of a layer's misses by them.
 
     The link and the host work side by side, so a layer waits for the longer of the two:
-    `max(copied x copy_seconds, overhead + seconds of those computed)`. FreeToken (arXiv:2608.16157) splits misses by the
-    ratio of two bandwidths for the same reason, HybriMoE (arXiv:2504.05897) by simulating both. Where the host is also
-    the device, what is copied still has to be taken over and computed by it afterwards, and that is added.
+    `max(copied x copy_seconds, overhead + seconds of those computed)`. For the same reason FreeToken (arXiv:2608.16157)
+    splits misses by the ratio of two bandwidths, and HybriMoE (arXiv:2504.05897) by simulating both. Where the host is
+    also the device, what is copied still has to be taken over and computed by it afterwards, and that is added.
 
     A call's time depends on its rows by the tiles that hold them.
 
@@ -53,12 +53,13 @@ class MissCosts:
         nearest = min(self._seconds, key=lambda known: abs(known - tiles), default=None)
         return 0.0 if nearest is None else self._seconds[nearest] * max(1.0, tiles / nearest)
 
-    def split(self, rows: Sequence[int], copy_seconds: float) -> int:
+    def split(self, rows: Sequence[int], copy_seconds: float, busy: float = 0.0) -> int:
         """How many of a layer's missing experts to compute, when those of fewest rows are computed first.
 
         Args:
           rows: of each expert, in ascending order, not empty.
           copy_seconds: link time of a block; 0 where the link does nothing by itself.
+          busy: seconds until the link can begin.
         """
         each = [self.seconds(count) for count in rows]
         computed = list(itertools.accumulate(each, initial=0.0))
@@ -68,7 +69,8 @@ class MissCosts:
             after = 0.0
             if self._take_over is not None:
                 after = (every - count) * self._take_over + computed[-1] - computed[count]
-            return max((every - count) * copy_seconds, computed[count] + (self._overhead if count else 0.0)) + after
+            copying = busy + (every - count) * copy_seconds if count < every else 0.0
+            return max(copying, computed[count] + (self._overhead if count else 0.0)) + after
 
         best = min(range(every + 1), key=wait)
         self._layers += 1

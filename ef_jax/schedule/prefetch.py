@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -12,6 +12,7 @@ from ef_jax.errors import InputError
 from ef_jax.memory.policies import Key
 from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.predictor import Predictor
+from ef_jax.schedule.arrivals import Arrivals
 from ef_jax.schedule.by_value import ByValue
 from ef_jax.schedule.horizon import LONGEST, Horizons
 from ef_jax.schedule.link import Blocks, PrefetchLink
@@ -27,7 +28,7 @@ class PredictorError(Exception):
     """A predictor has raised, or what it says is no number."""
 
 
-class Prefetcher(Generic[Blocks]):
+class Prefetcher(Arrivals[Blocks]):
     """Fills what demand copies leave of a link with the blocks that coming layers are likely to use.
 
     The plan is made anew at every layer. What the link has not begun by then is withdrawn, and its slots are the first
@@ -65,7 +66,8 @@ class Prefetcher(Generic[Blocks]):
     ) -> None:
         check_candidates(candidates)
         layers = residency.layers
-        self._residency, self._link, self._predictor = residency, link, predictor
+        super().__init__(residency, link)
+        self._predictor = predictor
         self._candidates = candidates
         self._among = among
         self.horizons = Horizons(layers=layers, need=make_need(need, layers=layers), fixed=horizon, longest=longest)
@@ -76,11 +78,6 @@ class Prefetcher(Generic[Blocks]):
         self._wasted = [0] * layers
         self._demanded = self._moved_before = self._wasted_before = 0
 
-    @property
-    def begun(self) -> int:
-        """Prefetches that have begun so far."""
-        return self._link.prefetches_begun
-
     def begin_step(self, batch: int, diversity: float | None) -> None:
         """A step of `batch` tokens begins; see `Need.begin_step`."""
         moved, wasted = self._demanded + self._link.prefetches_begun, sum(self._residency.wasted)
@@ -89,16 +86,6 @@ class Prefetcher(Generic[Blocks]):
         self._value.waste_price = self._waste.price
         self._value.begin_step()
         self.horizons.begin_step(batch, diversity, self._link.pace, self._trust)
-
-    def gate(self) -> None:
-        """A layer is about to ask: drop what has not begun, take note of what has arrived or failed."""
-        residency, link = self._residency, self._link
-        for key in link.withdraw():
-            residency.cancel(*key)
-        for key in link.arrived():
-            residency.arrive(*key)
-        for key in link.failed():
-            residency.cancel(*key)
 
     def served(self, layer: int, needed: Sequence[int], admission: Admission) -> None:
         """A layer uses the distinct experts `needed`: learn from what was there of them."""
@@ -130,37 +117,11 @@ class Prefetcher(Generic[Blocks]):
             else:
                 keys, slots = self._simple.choose(layer, needed, ahead, horizons.of, room)
         link.prefetch(keys, slots)
+        self._queued = len(keys)
 
     def skip(self) -> None:
         """Plan nothing after this layer; the link still hears that it has all that it asked for."""
         self._link.prefetch([], [])
-
-    def wait(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Wait for blocks in flight that the running step needs; returns the experts whose copy has failed, which are
-        still in flight for the table."""
-        residency, link = self._residency, self._link
-        link.wait([(layer, expert) for expert in experts])
-        failed = set(link.failed())
-        for expert in experts:
-            if (layer, expert) not in failed:
-                residency.arrive(layer, expert, used=True)
-        lost = [expert for expert in experts if (layer, expert) in failed]
-        for key in failed - {(layer, expert) for expert in lost}:
-            residency.cancel(*key)
-        return lost
-
-    def drain(self) -> None:
-        """Leave nothing in flight."""
-        residency, link = self._residency, self._link
-        self.gate()
-        keys = residency.in_flight
-        link.wait(keys)
-        failed = set(link.failed())
-        for key in keys:
-            if key in failed:
-                residency.cancel(*key)
-            else:
-                residency.arrive(*key)
 
     def _ahead(self, layer: int) -> Float32[np.ndarray, "L E"]:
         """Probabilities for the layers after `layer`, the nearest first; whatever goes wrong is the predictor's."""

@@ -29,7 +29,7 @@ def expected(models: EmulatedModels) -> list[Any]:
 
 
 @pytest.mark.parametrize("order", ["resident_first", "together"])
-def test_all_misses_computed_move_no_bytes_and_change_no_bit(
+def test_computed_misses_are_not_waited_for_and_change_no_bit(
     models: EmulatedModels, expected: list[Any], order: str
 ) -> None:
     lm = models.make(0.25, SLOW, prefetch="off", order=order, miss="compute")

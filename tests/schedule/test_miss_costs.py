@@ -38,6 +38,11 @@ def test_where_the_host_is_the_device_what_is_copied_is_computed_there_too() -> 
     assert costs(3.0, around=2.0, take_over=0.5).split([1, 1], 0.0) == 0
 
 
+def test_a_link_that_is_busy_is_waited_for() -> None:
+    assert costs(2.0).split([1], 1.5) == 0
+    assert costs(2.0).split([1], 1.5, busy=1.0) == 1
+
+
 def test_more_rows_take_more_tiles() -> None:
     made = costs(1.0)
     assert made.seconds(8) == 1.0
