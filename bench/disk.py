@@ -9,11 +9,10 @@ the experts fit in half of the memory that is available, a run with all of them 
 
 Bounds: the peak RSS of a run is at most what the process had before anything of the model was in memory, plus device
 bytes (a CPU's device memory is part of it) and host bytes of its plan, plus 5 %; tokens and log-probabilities of all
-runs are equal; with nothing else to do, the reading threads read blocks at 70 % or more of the rate of `dd`, which reads
-a file of 2 GB in the same directory with O_DIRECT, 4 MB a call. The median of three turns counts. That
-rate is also given with checksums, which take as long as reading does on a core of the machine of the results, and for
-each run over the time in which a read was under way, when the cores also compute. Prints a table, then one line of JSON;
-exit code 1 if a bound is not shown to hold.
+runs are equal; with nothing else to do, the reading threads read blocks at 70 % or more of the rate of `dd`, which
+reads a file of 2 GB in the same directory with O_DIRECT, 4 MB a call. The median of three turns counts. That rate is
+also given with checksums, and for each run over the time in which a read was under way, when the cores also compute.
+Prints a table, then one line of JSON; exit code 1 if a bound is not shown to hold.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import jax
 
 from ef_jax.errors import BudgetError, InputError
 from ef_jax.lossy import LOSSLESS, LossyOptions
+from ef_jax.memory.host_plan import make_host_plan
 from ef_jax.memory.plan import (
     FixedBytes,
     MemoryPlan,
@@ -95,6 +96,8 @@ def plan_model(
     if routing_path is not None:
         predicting += routing_path_bytes(routing_path, rows=rows, context=request.context)
 
+    if request.host_memory is not None:  # too little of it is said before anything is compiled
+        make_host_plan(spec, request.host_memory, step=experts_a_step(spec, request.batch), staging_slots=0)
     kernels = kernels or choose_kernels(spec, device)
     low, low_bytes = None, 0
     if lossy.low_precision_miss is not None:
