@@ -93,8 +93,8 @@ def _decoded(block: QuantizedPool, dtype: jax.typing.DTypeLike) -> BlockPart:
     _, _, width, hidden = block.shape
     of_columns, of_rows = block.groups
     if not is_packed(block.format) or hidden // 2 % of_columns:
-        gate_up, down = dequantize_apart(block)
-        return BlockPart((gate_up.astype(dtype).reshape(-1, hidden),), (down[0].astype(dtype),))
+        gate_up, outward = dequantize_apart(block)
+        return BlockPart((gate_up.astype(dtype).reshape(-1, hidden),), (outward[0].astype(dtype),))
     halves = decode_halves(block.values[0], block.format)
     inward_scales = jnp.split(decode_scales(block.gate_up_scales[0]), 2, axis=-1)
     down_scales = jnp.split(decode_scales(block.down_scales[0]), 2, axis=-1)
