@@ -142,17 +142,17 @@ def add_lossy_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="when decoding, leave out missing experts whose router weight is below this, 0 to 1",
     )
-    group.add_argument(
+    add_planned_lossy_options(group)
+
+
+def add_planned_lossy_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The lossy options that change a plan."""
+    parser.add_argument(
         "--lossy-low-precision-miss",
         type=number,
         metavar="X",
         help="when decoding, fetch missing experts whose router weight is below this in 4 bits, 0 to 1",
     )
-    add_quantize_option(group)
-
-
-def add_quantize_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """`--lossy-quantize`, the lossy option that changes a plan."""
     parser.add_argument(
         "--lossy-quantize",
         metavar="FORMAT",

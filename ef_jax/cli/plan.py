@@ -8,6 +8,7 @@ from ef_jax.cli import options as common
 from ef_jax.errors import BudgetError
 from ef_jax.lossy import LossyOptions
 from ef_jax.memory.sizes import format_bytes
+from ef_jax.stats import lossy_text
 
 _DESCRIPTION = """Print the memory plan of a model without loading it. A directory that holds only config.json is
 enough. The workspace is that of programs compiled for this machine's device; another device's differs somewhat.
@@ -35,6 +36,8 @@ def run(words: Sequence[str]) -> None:
     spec = common.read_spec(path, options.dtype)
     if options.lossy_quantize is not None:
         spec = quantized_spec(spec, options.lossy_quantize)
+    lossy = LossyOptions(quantize=spec.rounded_to, low_precision_miss=options.lossy_low_precision_miss)
+    lossy.check(spec)
     device = jax.devices()[0]
     trace = None if options.trace is None else RoutingTrace.load(options.trace)
     copy_mode = options.copy_mode
@@ -45,9 +48,10 @@ def run(words: Sequence[str]) -> None:
         copy_mode = copy_mode or ("in_program" if machine.platform == "cpu" else "async")
     with console.status("compiling the programs to measure their workspace ...", shown=True):
         kernels = choose_kernels(spec, device, options.kernel)
-        plan, _ = plan_model(spec, request, device, copy_mode, kernels=kernels)
+        plan, _ = plan_model(spec, request, device, copy_mode, kernels=kernels, lossy=lossy)
     try:
-        check_host_pool(plan.host_bytes, device.platform if machine is None else machine.platform)
+        platform = device.platform if machine is None else machine.platform
+        check_host_pool(plan.host_bytes + plan.host_light_misses, platform)
         warnings = plan.warnings
     except BudgetError as error:
         warnings = (*plan.warnings, str(error))
@@ -64,7 +68,7 @@ def run(words: Sequence[str]) -> None:
             "kernels": kernels.as_dict(),
             "plan": {**plan.as_dict(), "warnings": warnings},
             "step_bytes_at_most": moved,
-            "lossy": LossyOptions(quantize=spec.rounded_to).as_dict(),
+            "lossy": lossy.as_dict(),
         }
         if expected is not None:
             contents["forecast"] = expected.as_dict()
@@ -75,8 +79,8 @@ def run(words: Sequence[str]) -> None:
         print(forecasts.forecast_table(expected))
     for warning in warnings[len(plan.warnings) :]:
         print(f"  warning: {warning}")
-    if spec.rounded_to is not None:
-        print(f"lossy: the experts are rounded to {spec.rounded_to}")
+    if (options_on := lossy.as_dict()) is not None:
+        print(f"lossy: {lossy_text(options_on)}")
     print(f"a decode step uses at most {plan.token_cycle} experts and moves at most {format_bytes(moved)}")
 
 
@@ -84,7 +88,7 @@ def _parser() -> console.Parser:
     parser = console.Parser(prog="ef-jax plan", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint directory (default: the bundled model)")
     common.add_memory_options(parser, batch="default: 1")
-    common.add_quantize_option(parser)
+    common.add_planned_lossy_options(parser)
     forecasts.add_forecast_options(parser)
     common.add_common_options(parser)
     return parser
