@@ -57,7 +57,7 @@ def test_offload_prints_a_table_and_one_line_of_json(
 
 
 def test_host_work_and_single_program_take_the_steps_of_the_engine() -> None:
-    lm = load(expert_fraction=0.25, context=64, progress=False)
+    lm = load(expert_fraction=0.25, context=64, chunk=16, progress=False)
     prompt = _models.prompts(lm, 1, 8)[0]
     work = HostWork(lm._engine, prompt, 3)
     work.repeat()

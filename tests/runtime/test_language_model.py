@@ -74,13 +74,13 @@ def test_finish_reasons(lm):
 
 
 def test_output_stops_at_the_end_of_the_context():
-    small = ef_jax.load(expert_fraction=0.25, context=32, chunk=16)
+    small = ef_jax.load(expert_fraction=0.25, context=64, chunk=16)
     ids = small.encode(PROMPT)
     result = small.generate(ids, max_new_tokens=1000, ignore_eos=True)[0]
-    assert (result.finish_reason, len(ids) + len(result.tokens)) == ("length", 32)
-    with pytest.raises(ef_jax.InputError, match="the prompt has 32 tokens and the context holds 32"):
-        small.generate([5] * 32)
-    assert small.logits([5] * 32).shape == (32, 4096)
+    assert (result.finish_reason, len(ids) + len(result.tokens)) == ("length", 64)
+    with pytest.raises(ef_jax.InputError, match="the prompt has 64 tokens and the context holds 64"):
+        small.generate([5] * 64)
+    assert small.logits([5] * 64).shape == (64, 4096)
 
 
 def test_logprobs_and_scores_are_the_logits(lm):

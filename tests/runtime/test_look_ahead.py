@@ -25,9 +25,9 @@ def decoding(lm, steps: int):
     engine, asked, begun, streams = lm._engine, [], [], []
     ask, begin_step, serve = engine.scheduler.ask, engine.scheduler.begin_step, engine._serve
 
-    def hear_ask(layer, rows, ahead=None):
+    def hear_ask(layer, rows, ahead=None, **others):
         asked.append((layer, rows, ahead))
-        return ask(layer, rows, ahead)
+        return ask(layer, rows, ahead, **others)
 
     def hear_begin(tokens, ahead=None, **others):
         begun.append((tokens, ahead, others))
@@ -79,13 +79,13 @@ def test_reports_are_the_pregates(batch):
 
 
 def test_a_trained_predictor_knows_the_prompt_and_changes_no_token(tmp_path):
-    plain = ef_jax.load(expert_fraction=0.25, context=64, chunk=8)
+    plain = ef_jax.load(expert_fraction=0.25, context=64, chunk=16)
     expected = plain.generate([PROMPTS[1]], max_new_tokens=8)
     spec = CorrectionSpec(layers=8, experts=32, top_k=4, distances=3, vocab=4096, width=8)
     correction = Correction(spec, rngs=nnx.Rngs(0))
     fingerprint = model_fingerprint(plain.spec, plain._engine.dense.routers(plain.spec))
     save_predictor(tmp_path / "p", correction, fingerprint=fingerprint, model="small", training={})
-    options = {"context": 64, "chunk": 8, "emulate_link": "1GB/s", "predictor": tmp_path / "p"}
+    options = {"context": 64, "chunk": 16, "emulate_link": "1GB/s", "predictor": tmp_path / "p"}
     lm = ef_jax.load(expert_fraction=0.25, prefetch=3, **options)
     after = lm.generate([PROMPTS[1]], max_new_tokens=8)
     assert (after[0].tokens, after[0].logprobs) == (expected[0].tokens, expected[0].logprobs)
@@ -119,15 +119,15 @@ def test_diversity_counts_active_tokens_only():
 
 
 def test_the_plan_accounts_for_it():
-    on = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
-    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s", prefetch="off")
+    on = ef_jax.load(expert_fraction=0.25, context=64, chunk=16, emulate_link="1GB/s")
+    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=16, emulate_link="1GB/s", prefetch="off")
     arrays = jax.tree.leaves([look.stack for look in on._engine.lookout.look_ahead.looks[:1]])
     assert on.plan.look_ahead >= sum(array.nbytes for array in arrays) > 0
     assert off.plan.look_ahead == 0
 
 
 def test_a_calibrated_pregate_says_something_else_and_changes_no_token():
-    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, prefetch=2, emulate_link="1GB/s")
+    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=16, prefetch=2, emulate_link="1GB/s")
     before = lm.generate([PROMPTS[1]], max_new_tokens=8)
     plain = lm._engine.scheduler.stats.recall
     lm.calibrate_pregate(["Shall I compare thee to a summer's day? Thou art more lovely and more temperate."])
@@ -137,13 +137,13 @@ def test_a_calibrated_pregate_says_something_else_and_changes_no_token():
     assert lm._engine.programs.count == compiled
     assert (after[0].tokens, after[0].logprobs) == (before[0].tokens, before[0].logprobs)
     assert plain["recall"][0] == 1.0 == lm.stats.recall["recall"][0]
-    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=32)
+    off = ef_jax.load(expert_fraction=0.25, context=64, chunk=16)
     with pytest.raises(ef_jax.InputError, match="no pre-gate"):
         off.calibrate_pregate("some text")
 
 
 def test_programs_stop_looking_ahead_where_it_does_not_pay(monkeypatch):
-    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=32, emulate_link="1GB/s")
+    lm = ef_jax.load(expert_fraction=0.25, context=64, chunk=16, emulate_link="1GB/s")
     before = lm.generate([PROMPTS[1]], max_new_tokens=8)
     scheduler = lm._engine.scheduler
     pieces = lm.stream(PROMPTS[1], max_new_tokens=8)

@@ -13,7 +13,7 @@ from ef_jax.sampling_options import SamplingOptions
 PROMPT = np.random.default_rng(0).integers(1, 4096, 75).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def all_resident(batch: int, dtype: str | None):
     """The all-resident run's prompt logits, and tokens and logprobs of a decoded batch."""
     lm = load(1.0, batch, dtype)
@@ -38,15 +38,15 @@ def decode(lm, batch: int, steps: int = 12):
     return tokens.astype(int), logprobs.astype(np.float32)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(
-    ("fraction", "options"),
+    ("batch", "fraction", "options"),
     [
-        (0.5, {"policy": "lru"}),
-        (0.25, {"policy": "lru"}),
-        (0.25, {"policy": "static"}),
-        (0.25, {"policy": "lru", "copy_mode": "async"}),
-        (0.0, {"policy": "lru"}),
+        (1, 0.25, {"policy": "lru"}),
+        (1, 0.25, {"policy": "static"}),
+        (1, 0.25, {"policy": "lru", "copy_mode": "async"}),
+        (5, 0.25, {"policy": "lru"}),
+        (5, 0.25, {"policy": "lru", "copy_mode": "async"}),
+        (5, 0.0, {"policy": "lru"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
