@@ -60,8 +60,9 @@ class NextUse(Policy):
         np.add(worth, self._closed_rows[layer], out=self._leaving_rows[layer])
 
     def on_prompt(self, layer: int, counts: np.ndarray) -> None:
-        # Every token uses top-k experts of a layer. Before the first step has shown that number, the least that fits.
-        rows = int(counts.sum()) // self._top_k if self._top_k else int(counts.max())
+        # Every token uses top-k experts of a layer. Where no step has shown that number, or tokens differ in it, there
+        # are at least as many as use the same expert.
+        rows = max(int(counts.sum()) // self._top_k if self._top_k else 0, int(counts.max()))
         if rows:
             self._value.prompt(layer, counts, rows)
 
