@@ -1,8 +1,8 @@
 """Missing experts of little weight: left out of the step, or fetched and computed in 4 bits.
 
-HOBBIT (arXiv:2411.01433) found that an expert's weight says how much of a result hangs on it, and fetches a missing one
-in low precision, or not at all, where that is little. It goes by the weight of those before it; here the expert's own
-weight is compared. Nothing of this enters the cache: what is used again and again comes in full when it weighs more.
+HOBBIT (arXiv:2411.01433) fetches missing experts that matter little in low precision. Here an expert matters as much as
+its largest weight in the step. Nothing of this enters the cache: what is used again and again comes in full when it
+weighs more.
 """
 
 import math
