@@ -27,7 +27,7 @@ def emulated_host(*, bandwidth: float, flops: float, stretch: float) -> type[Hos
             ready = clock.now + self.seconds(len(places))
             outputs = super().run(block, inputs, places, to, outputs)
             clock.wait_until(ready)
-            return outputs  # type: ignore[no-any-return]
+            return outputs
 
         def probe(self, rows: int) -> float:
             return self.seconds(rows)

@@ -162,18 +162,13 @@ class HostExperts:
             return computed
         mask = np.zeros((self._rows, 1), np.bool_)
         mask[filled] = True
-        return self._merge(outputs, jax.device_put(computed, self._device), mask)  # type: ignore[no-any-return]
+        return self._merge(outputs, jax.device_put(computed, self._device), mask)
 
     def _call(self, block, inputs, places, to, outputs):  # type: ignore[no-untyped-def]
         padded, filled = np.zeros(self.batch, np.int32), np.arange(self._rows, self._rows + self.batch, dtype=np.int32)
         padded[: len(places)], filled[: len(to)] = places, to
         count = np.array([len(places)], np.int32)
         return self._run(block, *inputs, padded, count, filled, outputs).block_until_ready()
-
-    @property
-    def temp_bytes(self) -> int:
-        """Temporary bytes of device memory."""
-        return int(self._run.memory_analysis().temp_size_in_bytes) if self.shares_device else 0
 
 
 def _merged(outputs: jax.Array, computed: jax.Array, mask: jax.Array) -> jax.Array:

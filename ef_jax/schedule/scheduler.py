@@ -82,8 +82,10 @@ class Scheduler(Generic[Blocks]):
         self._predictor = predictor
         self._accuracy: Accuracy | None = None
         self._prefetcher: Prefetcher[Blocks] | None = None
-        self._lingers = lingers and isinstance(link, PrefetchLink)
-        self._arrivals: Arrivals[Blocks] | None = Arrivals(residency, link) if self._lingers else None
+        self._arrivals: Arrivals[Blocks] | None = None
+        if lingers and isinstance(link, PrefetchLink):
+            self._arrivals = Arrivals(residency, link)
+        self._lingers = self._arrivals is not None
         self._prefetches = self._wasted = 0
         self._pending: Blocks | None = None
         self._layer = -1
