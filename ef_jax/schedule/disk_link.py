@@ -36,7 +36,8 @@ class DiskLink:
 
     Attributes:
       places: the block in each place; None where there is none, or not yet.
-      bytes_moved, prefetches_begun, prefetches_failed, seconds, timeline: see `PrefetchLink`.
+      bytes_moved, prefetches_begun, prefetches_failed, seconds, timeline: see `PrefetchLink`; what may still be
+        withdrawn counts as begun.
       buffers: what blocks are read into.
     """
 
@@ -50,29 +51,18 @@ class DiskLink:
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         self.places: list[jax.Array | None] = [None] * plan.places
-        self.prefetches_failed = 0
+        self.bytes_moved = self.prefetches_begun = self.prefetches_failed = 0
         self.seconds = 0.0
         self.timeline: Timeline | None = None
         self._clock, self._timeout = WallClock(), timeout
         self._block_bytes = spec.block_bytes
         self._flight: dict[Key, tuple[Read, int]] = {}
         self._failed: list[Key] = []
-        self._demanded = self._ahead = 0
         self._meter = PaceMeter(spec.block_bytes / _FIRST_GUESS)
         # Memory that JAX takes over is the pool itself; what it copies into memory of its own is free at once.
         count = plan.places + plan.on_their_way if device.platform == "cpu" else THREADS
         self.buffers = ReadBuffers(count, reader.buffer_bytes)
         self._queue = ReadQueue(_Placer(spec, reader, device, self.buffers), threads=THREADS)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes of the reads that were asked for and not withdrawn."""
-        return (self._demanded + self._ahead) * self._block_bytes
-
-    @property
-    def prefetches_begun(self) -> int:
-        """Reads ahead of need, those that may still be withdrawn included."""
-        return self._ahead
 
     @property
     def busy_seconds(self) -> float:
@@ -89,7 +79,7 @@ class DiskLink:
 
     def start(self, layer: int, experts: Sequence[int]) -> list[Read]:
         """See `Link`."""
-        self._demanded += len(experts)
+        self.bytes_moved += len(experts) * self._block_bytes
         self._meter.demand(len(experts) * self._meter.block_seconds)
         return self._queue.demand([(layer, expert) for expert in experts])
 
@@ -137,9 +127,9 @@ class DiskLink:
         """See `PrefetchLink`."""
         self._meter.begin_layer(self._clock.now)
         keys = [read.key for read in self._queue.withdraw()]
-        self._ahead -= len(keys)
         for key in keys:
             del self._flight[key]
+        self._asked_ahead(-len(keys))
         return keys
 
     def arrived(self) -> list[Key]:
@@ -161,7 +151,7 @@ class DiskLink:
         """See `PrefetchLink`."""
         if keys:
             self.vacate(slots)
-            self._ahead += len(keys)
+            self._asked_ahead(len(keys))
             for read, slot in zip(self._queue.ahead(keys), slots, strict=True):
                 self._flight[read.key] = read, slot
         self._meter.end_layer(self._clock.now)
@@ -179,10 +169,14 @@ class DiskLink:
 
     def abandon(self) -> None:
         """See `PrefetchLink`."""
-        for read in self._queue.withdraw():
-            self._ahead -= read.key in self._flight
+        self._asked_ahead(-len(self._queue.withdraw()))
         self._flight.clear()
         self._failed.clear()
+
+    def _asked_ahead(self, count: int) -> None:
+        """So many more reads ahead of need; those that are withdrawn have not been asked for."""
+        self.prefetches_begun += count
+        self.bytes_moved += count * self._block_bytes
 
     def _land(self, key: Key) -> bool:
         """Put the block of a read ahead of need into its place, waiting for it; whether that went well."""
