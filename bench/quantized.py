@@ -3,8 +3,10 @@
     python -m bench.quantized [--tokens 64] [--window 512] [--link 10MB/s] [--repeats 3] [--save]
     python -m bench.quantized --shape D=1024,F=512,E=64,K=8,L=4 --formats int8 int4:128 --link 200MB/s
 
-nats: mean negative log-probability of a token of the bundled held-out texts, all of them, in windows of `--window`
-  tokens; "cost" is what a format adds to the model as released. A model of made-up weights (`--shape`) has none.
+nats: mean negative log-probability of a token of the second halves of the bundled held-out texts, in windows of
+  `--window` tokens; "cost" is what a format adds to the model as released. A model of made-up weights (`--shape`) has
+  none. The first halves are what "+gptq" rounds by, as `ef-convert --quantize --calibrate` does; other formats round
+  to nearest.
 MB a block, "of bf16": bytes of one expert with its scales, and their share of those as released.
 MB/token, tokens/s: of decode steps over an emulated link, `--tokens` tokens of each of six texts (two sequences of
   random ones for `--shape`), given, not chosen, so that all formats decode the same. The same number of slots, which is
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,18 @@ from typing import Any
 import numpy as np
 
 from bench import _models, _report
+from checkpoints_tools import convert_to_orbax
+from ef_jax.errors import InputError
 from ef_jax.inline_dispatch import dispatch_inline
 from ef_jax.loading import bundled_model, load
 from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.text import Tokenizer
+from ef_jax.weights import open_checkpoint
+from ef_jax.weights.huggingface import HuggingFaceCheckpoint
 
-FORMATS = ("int8", "int4")
-_SEQUENCES = {"bundled": 6, "synthetic": 2}
+FORMATS = ("int8", "int4", "int4+gptq")
+_CALIBRATED = "+gptq"
+_MADE_UP_SEQUENCES = 2
 _WARM_TOKENS = 8
 
 
@@ -40,7 +49,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=_models.parse_shape, help="made-up weights, e.g. D=1024,F=512,E=64,K=8,L=4")
     parser.add_argument(
-        "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help="as load's lossy_quantize"
+        "--formats",
+        nargs="+",
+        default=list(FORMATS),
+        metavar="FORMAT",
+        help="as load's lossy_quantize, perhaps with +gptq",
     )
     parser.add_argument("--tokens", type=_report.positive, default=64, help="decoded of each text (default: 64)")
     parser.add_argument("--window", type=_report.positive, default=512, help="tokens that are scored together")
@@ -52,11 +65,19 @@ def main() -> int:
     _report.add_save_option(parser, "quantized")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        path = bundled_model()
+        path, wanted = bundled_model(), [name for name in options.formats if name.endswith(_CALIBRATED)]
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch)))
         if options.shape is not None:
+            if wanted:
+                raise InputError(f"made-up weights have no text to be rounded by: leave {wanted[0]} out of --formats")
             path = stack.enter_context(_models.synthetic_directory(options.shape, options.scratch))
         rows = [measure(path, None, options)]
-        rows += [measure(path, name, options) for name in options.formats]
+        for name in options.formats:
+            if name in wanted:
+                converted = calibrated(path, name.removesuffix(_CALIBRATED), scratch / name)
+                rows.append({**measure(converted, None, options), "format": name})
+            else:
+                rows.append(measure(path, name, options))
     _compare(rows)
     _print_table(rows, options)
     result = {
@@ -79,7 +100,7 @@ def measure(path: Path, quantization: str | None, options: argparse.Namespace) -
         window = options.window
         lm = load(path, expert_fraction=1.0, context=window, chunk=window, **common)
         row |= quality(lm, window, options.windows)
-        print(f"{quantization or 'as released'}: {row['nats']:.4f} nats", file=sys.stderr)
+        print(f"{path.name} {lm.spec.block_dtype}: {row['nats']:.4f} nats", file=sys.stderr)
     lm = load(
         path,
         expert_fraction=options.fraction,
@@ -89,7 +110,10 @@ def measure(path: Path, quantization: str | None, options: argparse.Namespace) -
         emulate_link=options.link,
         **common,
     )
-    texts = _models.prompts(lm, _SEQUENCES["bundled" if options.shape is None else "synthetic"], options.tokens)
+    if lm.tokenizer is None:
+        texts = _models.prompts(lm, _MADE_UP_SEQUENCES, options.tokens)
+    else:
+        texts = [_windows(lm.tokenizer.encode(text), options.tokens)[0] for text in _texts()]
     lm.score(texts[0][:_WARM_TOKENS], by_steps=True)
     speeds = []
     for _ in range(options.repeats):
@@ -108,15 +132,30 @@ def measure(path: Path, quantization: str | None, options: argparse.Namespace) -
     }
 
 
+def calibrated(path: Path, quantization: str, destination: Path) -> Path:
+    """A conversion of a model whose experts are rounded by the first halves of the held-out texts."""
+    with open_checkpoint(path) as source:
+        if not isinstance(source, HuggingFaceCheckpoint) or source.tokenizer_dir is None:
+            raise InputError(f"{path} is not a Hugging Face checkpoint with a tokenizer")
+        text = "".join(text[: len(text) // 2] for text in _texts())
+        ids = Tokenizer.load(source.tokenizer_dir, source.spec.vocab).encode(text)
+        convert_to_orbax(source, destination, show_progress=False, quantize=quantization, calibrate=ids)
+    return destination
+
+
 def quality(lm: LanguageModel, window: int, windows: int | None) -> dict[str, Any]:
     """Mean nats a token of the held-out texts, and how many tokens those were."""
     assert lm.tokenizer is not None
     total, tokens = 0.0, 0
-    for text in sorted((bundled_model() / "valid").glob("*.txt")):
-        for part in _windows(lm.tokenizer.encode(text.read_text()), window)[:windows]:
+    for text in _texts():
+        for part in _windows(lm.tokenizer.encode(text[len(text) // 2 :]), window)[:windows]:
             score = lm.score([part])[0]
             total, tokens = total - score.logprob, tokens + score.tokens
     return {"nats": _report.rounded(total / tokens), "perplexity": math.exp(total / tokens), "tokens_scored": tokens}
+
+
+def _texts() -> list[str]:
+    return [path.read_text() for path in sorted((bundled_model() / "valid").glob("*.txt"))]
 
 
 def _windows(ids: Sequence[int], size: int) -> list[np.ndarray]:
@@ -146,7 +185,7 @@ def _print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> Non
 
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
     return (
-        row["block_dtype"],
+        row["block_dtype"] + (_CALIBRATED if (row["format"] or "").endswith(_CALIBRATED) else ""),
         f"{row['nats']:.4f}" if "nats" in row else None,
         f"{row['cost_nats']:+.4f}" if "nats" in row else None,
         f"{row['block_bytes'] / 1e6:.4f}",
