@@ -119,8 +119,6 @@ def _calibration(checkpoint: Checkpoint, options: argparse.Namespace) -> list[in
         return None
     if options.quantize is None:
         raise InputError("--calibrate is for --quantize: give that too, or leave it out")
-    if checkpoint.tokenizer_dir is None:
-        raise InputError(f"{str(checkpoint.path)!r} has no tokenizer to read --calibrate with: leave that out")
     from ef_jax.text import Tokenizer
 
     try:
@@ -129,7 +127,11 @@ def _calibration(checkpoint: Checkpoint, options: argparse.Namespace) -> list[in
         raise InputError(f"cannot read {options.calibrate!r}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{options.calibrate!r} is not text in UTF-8: give another file") from None
-    return Tokenizer.load(checkpoint.tokenizer_dir, checkpoint.spec.vocab).encode(text)
+    directory = checkpoint.tokenizer_dir
+    tokenizer = None if directory is None else Tokenizer.load(directory, checkpoint.spec.vocab)
+    if tokenizer is None:
+        raise InputError(f"{str(checkpoint.path)!r} has no tokenizer to read --calibrate with: leave that out")
+    return list(tokenizer.encode(text))
 
 
 def _keep_off_accelerators() -> None:

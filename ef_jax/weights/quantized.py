@@ -9,7 +9,7 @@ from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.lossy import quantization as parse
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.checkpoint import Checkpoint, Scratch
-from ef_jax.weights.quantize import quantize_block
+from ef_jax.weights.quantize import IntFormat, quantize_block
 
 _GROUPS = (32, 64, 96, 128)
 
@@ -57,7 +57,8 @@ def quantized_spec(spec: ModelSpec, quantization: str) -> ModelSpec:
       InputError: no such format, or a group that does not divide the expert width and half of the hidden size.
       UnsupportedError: experts that are quantized already, or have no gate.
     """
-    format, group = parse(quantization)
+    _, group = parse(quantization)
+    format: IntFormat = "int8" if group is None else "int4"
     experts = spec.experts
     if experts.quantization is not None:
         fix = "give a dtype too, to read them as floats" if experts.quantization == "fp8" else "leave that out"
