@@ -58,7 +58,6 @@ class ComputeInPlace:
     counter = "computed"
     block_bytes = 0
     free = False
-    lingers = True
 
     def __init__(self, host: HostExperts, store: Store, link: Link[Any], residency: Residency, choice: Miss) -> None:
         self._host, self._store, self._link, self._choice = host, store, link, choice
@@ -66,7 +65,9 @@ class ComputeInPlace:
         self._off_because: str | None = None
         if choice == "auto" and not (host.shares_device or isinstance(link, PrefetchLink)):
             self._off_because = 'the link does not measure its copies: leave out copy_mode, or give miss="compute"'
-        self._costs = MissCosts(tile_rows=DECODE_TILE_ROWS, take_over=host.copy_seconds())
+        take_over = host.copy_seconds()
+        self.lingers = take_over is None  # on a host that is the device, what is in a slot is computed no sooner
+        self._costs = MissCosts(tile_rows=DECODE_TILE_ROWS, take_over=take_over)
         if choice == "auto" and self._off_because is None:
             for rows in sorted({1, host.batch}):
                 self._costs.computed(rows, host.probe(rows))

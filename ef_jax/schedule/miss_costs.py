@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _WEIGHT = 1 / 8  # of the newest measurement in the means
+_WEIGHT_BELOW = 1 / 4  # of one below its mean: only what gets in the way makes calls differ, and it goes away
 _LONGEST = 4.0  # times the mean: what a call counts for that took longer, because something else got in its way
 _RETRY = 64  # layers in which nothing was worth computing, until one expert is computed to see whether that still holds
 
@@ -29,20 +30,22 @@ class MissCosts:
     def __init__(self, *, tile_rows: int, take_over: float | None) -> None:
         self._tile_rows, self._take_over = tile_rows, take_over
         self._seconds: dict[int, float] = {}
-        self._overhead = 0.0
+        self._overhead: float | None = None
+        self._first = True
         self._layers = 0
         self._retry_at = _RETRY
 
     def computed(self, rows: int, seconds: float) -> None:
         """An expert of so many rows was computed in `seconds`."""
         tiles = self._tiles(rows)
-        mean = self._seconds.setdefault(tiles, seconds)
-        self._seconds[tiles] += _WEIGHT * (min(seconds, _LONGEST * mean) - mean)
+        self._seconds[tiles] = _updated(self._seconds.get(tiles), seconds)
 
     def around(self, seconds: float) -> None:
-        """A layer took `seconds` beside those of its experts, to get their inputs and give their outputs back."""
-        mean = self._overhead or seconds
-        self._overhead = mean + _WEIGHT * (min(seconds, _LONGEST * mean) - mean)
+        """A layer took `seconds` beside those of its experts, to get their inputs and give their outputs back. The
+        first is left out: nothing is warm yet."""
+        if not self._first:
+            self._overhead = _updated(self._overhead, seconds)
+        self._first = False
 
     def seconds(self, rows: int) -> float:
         """How long an expert of so many rows will take; in proportion to what has been measured nearest.
@@ -63,14 +66,14 @@ class MissCosts:
         """
         each = [self.seconds(count) for count in rows]
         computed = list(itertools.accumulate(each, initial=0.0))
-        every = len(rows)
+        every, overhead = len(rows), self._overhead or 0.0
 
         def wait(count: int) -> float:
             after = 0.0
             if self._take_over is not None:
                 after = (every - count) * self._take_over + computed[-1] - computed[count]
             copying = busy + (every - count) * copy_seconds if count < every else 0.0
-            return max(copying, computed[count] + (self._overhead if count else 0.0)) + after
+            return max(copying, computed[count] + (overhead if count else 0.0)) + after
 
         best = min(range(every + 1), key=wait)
         self._layers += 1
@@ -94,3 +97,10 @@ class MissCosts:
 
     def _tiles(self, rows: int) -> int:
         return -(-rows // self._tile_rows)
+
+
+def _updated(mean: float | None, seconds: float) -> float:
+    if mean is None:
+        return seconds
+    weight = _WEIGHT_BELOW if seconds < mean else _WEIGHT
+    return mean + weight * (min(seconds, _LONGEST * mean) - mean)
