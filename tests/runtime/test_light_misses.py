@@ -19,7 +19,7 @@ from ef_jax.spec import ModelSpec
 from ef_jax.weights import open_checkpoint
 
 PROMPTS = [[5, 17, 300, 9, 2100], [40, 41, 8]]
-OPTIONS = {"expert_fraction": 0.25, "batch": 2, "context": 128, "chunk": 32, "progress": False}
+OPTIONS = {"expert_fraction": 0.25, "batch": 2, "context": 64, "chunk": 16, "progress": False}
 
 
 def load(**options: Any) -> Any:
