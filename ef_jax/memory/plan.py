@@ -25,8 +25,8 @@ class MemoryRequest:
     `device_memory` and `expert_fraction` exclude one another. `expert_fraction` counts cache slots: 1.0 keeps every
     expert on the device, 0.0 keeps none between steps. `batch` is sequences of one step, `rows` sequences that are held
     at once, each with keys and values of its own (None: as many as a step runs). `context` is tokens a sequence (prompt
-    and output), `chunk` tokens a sequence that one prefill pass takes. `host_memory` are bytes of host memory for expert
-    blocks, the others stay on disk; None: all are in host memory.
+    and output), `chunk` tokens a sequence that one prefill pass takes. `host_memory` are bytes of host memory for
+    expert blocks, the others stay on disk; None: all are in host memory.
     """
 
     device_memory: int | None = None
