@@ -63,7 +63,8 @@ class MemoryPlan:
     allocator. `block_dtype` is what the experts' weights are stored as. `budget` is what was asked for, or the sum
     where a fraction of the experts was asked for. `left_out` are cache slots that it would have, did the kernels
     read a pool of that size. `host_bytes` are those of expert blocks in host memory: of all of them, or, where `host`
-    says how many it holds, of these and of what is on its way.
+    says how many it holds, of these and of what is on its way. `light_misses` and `host_light_misses` are what blocks
+    of 4 bits, for misses of little weight, take on the device and on the host.
     """
 
     dense: int
