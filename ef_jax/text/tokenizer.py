@@ -59,7 +59,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid text: {error.reason} at character {error.start}") from None
-        ids: list[int] = self._tokenizer.encode(text)
+        # Not verbose: of texts too long for the model, whoever runs them says so.
+        ids: list[int] = self._tokenizer.encode(text, verbose=False)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
