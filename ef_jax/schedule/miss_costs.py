@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _WEIGHT = 1 / 8  # of the newest measurement in the means
-_WEIGHT_BELOW = 1 / 4  # of one below its mean: only what gets in the way makes calls differ, and it goes away
+_WEIGHT_BELOW = 1 / 2  # of one below its mean: only what gets in the way makes calls differ, and it goes away
 _LONGEST = 4.0  # times the mean: what a call counts for that took longer, because something else got in its way
 _RETRY = 64  # layers in which nothing was worth computing, until one expert is computed to see whether that still holds
 
