@@ -24,6 +24,7 @@ from ef_jax.schedule.disk_link import DiskLink
 from ef_jax.schedule.prefetch import Prefetcher
 from ef_jax.schedule.read_queue import Read
 from ef_jax.stats import DiskStats
+from ef_jax.timeline import Timeline
 
 LONGEST = 16
 """No read is further ahead, in layers; a link fetches 8 ahead at most."""
@@ -76,6 +77,10 @@ class HostTier:
             most_wasted=most_wasted,
             among=lambda: device.slot_of < 0,
         )
+
+    def show(self, timeline: Timeline | None) -> None:
+        """Note reads in `timeline` from now on; None: nowhere."""
+        self.disk.timeline = timeline
 
     def request(self, keys: Sequence[Key]) -> bool:
         """Have blocks read that are not here; whether all are here. Never waits."""

@@ -13,10 +13,10 @@ from ef_jax.memory.residency import Admission, Residency
 from ef_jax.predict.accuracy import Accuracy
 from ef_jax.predict.predictor import Predictor
 from ef_jax.schedule.arrivals import Arrivals
-from ef_jax.schedule.host_tier import HostTier
 from ef_jax.schedule.link import Blocks, Link, PrefetchLink
 from ef_jax.schedule.prefetch import PredictorError, Prefetcher, distinct
 from ef_jax.schedule.prompt_waves import Wave, prompt_waves
+from ef_jax.schedule.tier import Tier
 from ef_jax.schedule.trial import Trial
 from ef_jax.stats import Stats
 from ef_jax.timeline import STALLS, Timeline
@@ -72,7 +72,7 @@ class Scheduler(Generic[Blocks]):
         most_wasted: float = 1.0,
         lingers: bool = False,
         trial: bool = True,
-        below: HostTier | None = None,
+        below: Tier | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.residency, self.link, self.stats = residency, link, stats
@@ -135,7 +135,7 @@ class Scheduler(Generic[Blocks]):
         """Note stalls, copies and the horizon in `timeline` from now on; None: nowhere."""
         self._timeline = self.link.timeline = timeline
         if self._below is not None:
-            self._below.disk.timeline = timeline
+            self._below.show(timeline)
         self.residency.on_wasted = None if timeline is None else timeline.wasted
 
     @property
