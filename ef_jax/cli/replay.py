@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ef_jax import console
 from ef_jax.cli import options as common
+from ef_jax.cli.replay_mesh import add_mesh_options, run_mesh
 from ef_jax.cli.replay_table import replay_table
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
@@ -42,7 +43,6 @@ def run(words: Sequence[str]) -> None:
       InputError: an option or the trace cannot be used.
     """
     options = build_parser().parse_intermixed_args(words)
-    policies = choose_policies(_words(options.policy))
     if options.plot is not None:
         require_matplotlib(options.plot)
     whole = RoutingTrace.load(options.trace)
@@ -52,6 +52,10 @@ def run(words: Sequence[str]) -> None:
     capacities = [parse_capacity(word, experts=experts, block_bytes=block_bytes) for word in _words(options.capacity)]
     if not capacities:
         raise InputError("no capacity: give a share of the experts such as 0.25, or slots")
+    if options.mesh is not None:
+        run_mesh(options, trace, capacities, _links(options, block_bytes))
+        return
+    policies = choose_policies(_words(options.policy))
     settings = SweepSettings(
         batch=options.batch,
         fit=options.fit,
@@ -241,6 +245,7 @@ def build_parser() -> console.Parser:
         default="none",
         help="what prefetching goes by; policies hear it too. pregate needs a trace of ef-jax trace --pregate",
     )
+    add_mesh_options(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a picture, for example out.png")
     parser.add_argument(
         "--timeline",
