@@ -27,6 +27,8 @@ class PartitionedSettings:
       link: each device's link to its host; None: copies take no time.
       row_bytes: of one token's row as it is exchanged.
       network: between devices, each sending and getting at that rate; None: exchanges take no time.
+      node: devices that `network` connects; None: all of them.
+      far_network: likewise between devices of different nodes, side by side with `network`.
       layer_seconds: computing of a layer besides its experts.
       block_seconds: what a device takes to read an expert's block from its own memory.
 
@@ -40,6 +42,8 @@ class PartitionedSettings:
     link: LinkModel | None = None
     row_bytes: int | None = None
     network: LinkModel | None = None
+    node: int | None = None
+    far_network: LinkModel | None = None
     layer_seconds: float = 0.0
     block_seconds: float = 0.0
 
@@ -50,6 +54,17 @@ class PartitionedSettings:
             raise InputError("a link needs the bytes of an expert's block: give block_bytes")
         if self.network is not None and not self.row_bytes:
             raise InputError("a network needs the bytes of a token's row: give row_bytes")
+        if (self.node is None) != (self.far_network is None):
+            raise InputError("nodes and a far_network go together: give both or neither")
+
+    def exchange_seconds(self, rows: int, far_rows: int) -> float:
+        """What it takes to send and get back, where the busiest device has so many rows, and so many from afar."""
+        if self.network is None or self.row_bytes is None:
+            return 0.0
+        seconds = 2 * self.network.latency + rows * self.row_bytes / self.network.bandwidth
+        if self.far_network is None or not far_rows:
+            return seconds
+        return max(seconds, 2 * self.far_network.latency + far_rows * self.row_bytes / self.far_network.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,13 +116,12 @@ def replay_partitioned(
             f"the placement is of {layers} layers of {experts} experts, and the trace has {trace.layers} of "
             f"{trace.num_experts}"
         )
-    counts = exchange(trace, placement, run)
+    counts = exchange(trace, placement, run, node=settings.node)
     held = placement.copies // placement.devices
     slots = max(1, round(settings.share * held))
     clock = VirtualClock()
     devices = [_Device(trace, placement, settings, slots, device, clock) for device in range(placement.devices)]
     rows, bounds, _ = run.order
-    network = settings.network
     waited = exchanged = 0.0
     for step in range(len(bounds) - 1):
         index = rows[bounds[step] : bounds[step + 1]]
@@ -116,10 +130,9 @@ def replay_partitioned(
         for device in devices:
             device.scheduler.begin_step(tokens)
         for layer in range(trace.layers):
-            if network is not None and settings.row_bytes:
-                spent = 2 * network.latency + counts.busiest[step, layer] * settings.row_bytes / network.bandwidth
-                clock.advance(spent)
-                exchanged += spent
+            spent = settings.exchange_seconds(int(counts.busiest[step, layer]), int(counts.busiest_far[step, layer]))
+            clock.advance(spent)
+            exchanged += spent
             began = clock.now
             servers = placement.serves[layer][routes[:, layer], homes[:, None]]
             asked = [device.ask(layer, routes[:, layer], servers) for device in devices]

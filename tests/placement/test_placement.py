@@ -132,6 +132,8 @@ def test_what_is_exchanged_by_hand() -> None:
     found = exchange(trace, other, run)
     assert (found.sent, found.returned) == (1.0, 1.5)
     assert found.busiest.tolist() == [[3]]
+    assert found.busiest_far.tolist() == [[0]]
+    assert exchange(trace, other, run, node=1).busiest_far.tolist() == [[3]]
 
 
 def test_sequences_run_once_each_on_one_device() -> None:
