@@ -10,7 +10,7 @@ from ef_jax.memory.residency import Residency
 from ef_jax.planning import plan_model
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.prefetching import DISTANCES, Prefetching
-from ef_jax.runtime.compute_in_place import ComputeInPlace, check_miss
+from ef_jax.runtime.compute_in_place import ComputeInPlace
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.language_model import LanguageModel
@@ -20,6 +20,7 @@ from ef_jax.runtime.programs import Programs
 from ef_jax.schedule.device_link import DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
+from ef_jax.schedule.miss_costs import check_miss
 
 
 class EmulatedModels:

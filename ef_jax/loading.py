@@ -29,7 +29,7 @@ from ef_jax.predict.paths import Paths
 from ef_jax.predict.predictor_file import load_predictor, load_routing_path, read_predictor_manifest
 from ef_jax.prefetching import ALL_RESIDENT, Prefetching, settle
 from ef_jax.progress import Progress
-from ef_jax.runtime.compute_in_place import ComputeInPlace, check_miss
+from ef_jax.runtime.compute_in_place import ComputeInPlace
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.expert_kernels import choose_kernels
@@ -44,6 +44,7 @@ from ef_jax.schedule.async_link import AsyncLink
 from ef_jax.schedule.device_link import DeviceLink, resolve_copy_mode
 from ef_jax.schedule.emulated_link import EmulatedLink
 from ef_jax.schedule.link_model import LinkModel
+from ef_jax.schedule.miss_costs import check_miss
 from ef_jax.schedule.prefetch import check_candidates
 from ef_jax.schedule.token_order import check_order
 from ef_jax.schedule.waste import check_most_wasted

@@ -12,7 +12,8 @@ LOW_GROUP = 32
 
 _FORMATS = ("int8", "int4")
 _MOST_BIAS = 64.0  # whose power is far from the largest float32
-_GROUPS = ("32", "64", "96", "128")
+GROUPS = (32, 64, 96, 128)
+"""Weights that may share a scale in int4."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +103,7 @@ def quantization(text: str) -> tuple[str, int | None]:
     name, colon, group = text.partition(":") if isinstance(text, str) else ("", "", "")
     if name in _FORMATS and not colon:
         return name, None if name == "int8" else LOW_GROUP
-    if name == "int4" and group in _GROUPS:
+    if name == "int4" and group in map(str, GROUPS):
         return name, int(group)
     raise InputError(
         f"lossy_quantize {text!r:.60} is not a format: give int8, int4 (a scale for 32 weights), or int4:64"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ef_jax import console
+from ef_jax.cli import options as common
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
 from ef_jax.placement import PLACEMENTS, Placement, dispatch, place, request_scores, token_affinity
@@ -31,9 +32,18 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "--placement", default="all", metavar="LIST", help=f"some of {', '.join(PLACEMENTS)}, or all (default: all)"
     )
     group.add_argument(
-        "--replicas", type=int, default=0, metavar="N", help="further experts of each layer on each device (default: 0)"
+        "--replicas",
+        type=common.whole_number(0),
+        default=0,
+        metavar="N",
+        help="further experts of each layer on each device (default: 0)",
     )
-    group.add_argument("--row-bytes", type=int, metavar="N", help="bytes of a token's row, hidden size times item size")
+    group.add_argument(
+        "--row-bytes",
+        type=common.whole_number(1),
+        metavar="N",
+        help="bytes of a token's row, hidden size times item size",
+    )
     group.add_argument("--network", metavar="RATE[+LATENCY]", help="between devices, for example 50GB/s+5us")
 
 

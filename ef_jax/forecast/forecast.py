@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from ef_jax.forecast.hit_rate import HitRate, prior_hit_rate, replayed_hit_rate
 from ef_jax.forecast.machine import Machine
-from ef_jax.forecast.times import Miss, PassTime, prompt_time, step_time
+from ef_jax.forecast.times import PassTime, prompt_time, step_time
 from ef_jax.forecast.work import prompt_work, step_work
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.sizes import format_bytes
 from ef_jax.replay.trace import RoutingTrace
+from ef_jax.schedule.miss_costs import Miss
 from ef_jax.spec import ModelSpec
 
 # Of the misses, what prefetching has under way before they are asked for, at worst, expected and at best. At worst the

@@ -3,12 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from ef_jax.forecast.machine import Machine
 from ef_jax.forecast.work import LayerWork
-
-Miss = Literal["fetch", "compute", "auto"]
+from ef_jax.schedule.miss_costs import Miss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

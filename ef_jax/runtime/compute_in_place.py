@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, Int32
 
-from ef_jax.errors import InputError, LinkError
+from ef_jax.errors import LinkError
 from ef_jax.memory.host_store import Store
 from ef_jax.memory.residency import Residency
 from ef_jax.runtime.expert_kernels import DECODE_TILE_ROWS
@@ -16,23 +16,9 @@ from ef_jax.runtime.host_experts import HostExperts
 from ef_jax.runtime.miss_handlers import MissError
 from ef_jax.runtime.steps import Routed
 from ef_jax.schedule.link import Link, PrefetchLink
-from ef_jax.schedule.miss_costs import MissCosts
-
-Miss = Literal["fetch", "compute", "auto"]
+from ef_jax.schedule.miss_costs import Miss, MissCosts
 
 _HOST_ERRORS = (RuntimeError, MemoryError, OSError, ValueError)  # JAX's are RuntimeErrors
-
-
-def check_miss(miss: str) -> Miss:
-    """`miss`, if there is a way of that name to see to missing experts.
-
-    Raises:
-      InputError: there is none.
-    """
-    for known in get_args(Miss):
-        if miss == known:
-            return known
-    raise InputError(f"miss {miss!r:.60} is not one of {', '.join(get_args(Miss))}")
 
 
 class ComputeInPlace:

@@ -3,11 +3,12 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 
-from ef_jax.errors import InputError, LinkError
+from ef_jax.choices import chosen
+from ef_jax.errors import LinkError
 from ef_jax.memory.host_store import Store
 from ef_jax.memory.policies import Key
 from ef_jax.memory.slot_pool import MAX_INSERT, SlotPool
@@ -171,10 +172,7 @@ def resolve_copy_mode(mode: str | None, device: jax.Device) -> CopyMode:
     """
     if mode is None:
         return "in_program" if device.platform == "cpu" else "async"
-    for known in get_args(CopyMode):
-        if mode == known:
-            return known
-    raise InputError(f"copy mode {mode!r} is not one of {', '.join(get_args(CopyMode))}")
+    return chosen("copy mode", mode, CopyMode)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,26 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from ef_jax.choices import chosen
+
+Miss = Literal["fetch", "compute", "auto"]
+"""What becomes of a missing expert: it is copied, computed by the host, or what is sooner done."""
 
 _WEIGHT = 1 / 8  # of the newest measurement in the means
 _WEIGHT_BELOW = 1 / 2  # of one below its mean: only what gets in the way makes calls differ, and it goes away
 _LONGEST = 4.0  # times the mean: what a call counts for that took longer, because something else got in its way
 _RETRY = 64  # layers in which nothing was worth computing, until one expert is computed to see whether that still holds
+
+
+def check_miss(miss: str) -> Miss:
+    """`miss`, if there is a way of that name to see to missing experts.
+
+    Raises:
+      InputError: there is none.
+    """
+    return chosen("miss", miss, Miss)
 
 
 class MissCosts:

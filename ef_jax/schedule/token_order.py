@@ -4,9 +4,9 @@ ExpertFlow-S (arXiv:2510.26730) calls it cache-aware routing. Only the time at w
 depend on one another, and each token's outputs are summed in the router's order, so not a bit of the result does.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ef_jax.errors import InputError
+from ef_jax.choices import chosen
 from ef_jax.memory.residency import Admission
 from ef_jax.schedule.link import Link, PrefetchLink
 
@@ -21,10 +21,7 @@ def check_order(order: str) -> Order:
     Raises:
       InputError: there is none.
     """
-    for known in get_args(Order):
-        if order == known:
-            return known
-    raise InputError(f"order {order!r} is not one of {', '.join(get_args(Order))}")
+    return chosen("order", order, Order)
 
 
 def run_there_first(order: Order, admission: Admission, link: Link[Any], *, free: int = 0) -> bool:

@@ -11,12 +11,13 @@ import errno
 import os
 import zlib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
-from ef_jax.errors import CheckpointError, InputError
+from ef_jax.choices import chosen
+from ef_jax.errors import CheckpointError
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.checkpoint import Checkpoint
 from ef_jax.weights.converted import ConvertedCheckpoint
@@ -140,7 +141,4 @@ def check_checksums(name: str) -> Checksums:
     Raises:
       InputError: it does not.
     """
-    for known in get_args(Checksums):
-        if name == known:
-            return known
-    raise InputError(f"disk_checksums {name!r:.60} is not one of {', '.join(get_args(Checksums))}")
+    return chosen("disk_checksums", name, Checksums)

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from ef_jax.errors import InputError, UnsupportedError
+from ef_jax.lossy import GROUPS
 from ef_jax.lossy import quantization as parse
 from ef_jax.spec import ModelSpec
 from ef_jax.weights.checkpoint import Checkpoint, Scratch
 from ef_jax.weights.quantize import IntFormat, quantize_block
-
-_GROUPS = (32, 64, 96, 128)
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -79,4 +78,4 @@ def quantized_spec(spec: ModelSpec, quantization: str) -> ModelSpec:
 
 
 def _fitting_groups(spec: ModelSpec) -> list[int]:
-    return [group for group in _GROUPS if spec.experts.width % group == 0 and spec.hidden % (2 * group) == 0]
+    return [group for group in GROUPS if spec.experts.width % group == 0 and spec.hidden % (2 * group) == 0]
