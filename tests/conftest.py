@@ -39,6 +39,7 @@ install_import_hook(
 )
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else runs on the first
 
 # The first example of a property compiles; no examples are kept, so that a run leaves no files behind.
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True)

@@ -1,0 +1,1 @@
+"""The exchange of routed tokens between devices, against what one device would make of them."""
