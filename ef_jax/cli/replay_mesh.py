@@ -8,6 +8,7 @@ from ef_jax import console
 from ef_jax.cli import options as common
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
+from ef_jax.mesh.mesh_option import MeshSpec
 from ef_jax.placement import PLACEMENTS, Placement, dispatch, place, request_scores, token_affinity
 from ef_jax.replay.capacity import Capacity
 from ef_jax.replay.partitioned import PartitionedResult, PartitionedSettings, replay_partitioned
@@ -47,16 +48,16 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--network", metavar="RATE[+LATENCY]", help="between devices, for example 50GB/s+5us")
 
 
-def parse_mesh(text: str) -> int:
+def _devices(text: str) -> int:
     """The devices of `"expert=8"`.
 
     Raises:
-      InputError: it is written in another way.
+      InputError: it is written in another way, or has other axes.
     """
-    axis, equals, count = text.partition("=")
-    if axis != "expert" or not equals or not (count.isascii() and count.isdecimal()) or not 1 <= int(count) <= 4096:
-        raise InputError(f"mesh {text!r:.60}: write expert=N, for example expert=8")
-    return int(count)
+    mesh = MeshSpec.parse(text)
+    if mesh.count > mesh.expert:
+        raise InputError(f"mesh {text!r:.60}: a replay shares experts only; write expert=N, for example expert=8")
+    return mesh.expert
 
 
 def run_mesh(
@@ -67,7 +68,7 @@ def run_mesh(
     Raises:
       InputError: an option, or options that do not go together.
     """
-    devices = parse_mesh(options.mesh)
+    devices = _devices(options.mesh)
     names = list(dict.fromkeys(word.strip() for word in options.placement.split(",") if word.strip()))
     names = list(PLACEMENTS) if "all" in names else names
     policy = "lru" if options.policy == "all" else options.policy
