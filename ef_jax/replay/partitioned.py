@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float64
 
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import make_policy
@@ -67,7 +68,7 @@ class PartitionedSettings:
         return max(seconds, 2 * self.far_network.latency + far_rows * self.row_bytes / self.far_network.bandwidth)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PartitionedResult:
     """What a partitioned replay came to; counts are of all devices together.
 
@@ -75,6 +76,7 @@ class PartitionedResult:
       exchange: rows between devices, and how evenly the work is shared.
       slots: cache slots a device.
       seconds: virtual time; `stall_seconds` waiting for expert bytes, `exchange_seconds` for rows.
+      layer_times: all seconds by step and layer.
     """
 
     exchange: Exchange
@@ -86,6 +88,7 @@ class PartitionedResult:
     seconds: float
     stall_seconds: float
     exchange_seconds: float
+    layer_times: Float64[np.ndarray, "P L"]
 
     @property
     def hit_rate(self) -> float:
@@ -122,6 +125,7 @@ def replay_partitioned(
     clock = VirtualClock()
     devices = [_Device(trace, placement, settings, slots, device, clock) for device in range(placement.devices)]
     rows, bounds, _ = run.order
+    times = np.zeros((len(bounds) - 1, trace.layers))
     waited = exchanged = 0.0
     for step in range(len(bounds) - 1):
         index = rows[bounds[step] : bounds[step + 1]]
@@ -130,6 +134,7 @@ def replay_partitioned(
         for device in devices:
             device.scheduler.begin_step(tokens)
         for layer in range(trace.layers):
+            entered = clock.now
             spent = settings.exchange_seconds(int(counts.busiest[step, layer]), int(counts.busiest_far[step, layer]))
             clock.advance(spent)
             exchanged += spent
@@ -140,6 +145,7 @@ def replay_partitioned(
                 device.complete(admission)
             waited += clock.now - began
             clock.advance(settings.layer_seconds + settings.block_seconds * int(counts.experts[step, layer]))
+            times[step, layer] = clock.now - entered
     return PartitionedResult(
         exchange=counts,
         slots=slots,
@@ -150,6 +156,7 @@ def replay_partitioned(
         seconds=clock.now,
         stall_seconds=waited,
         exchange_seconds=exchanged,
+        layer_times=times,
     )
 
 
