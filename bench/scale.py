@@ -9,28 +9,36 @@ layers begin and end on all devices at once (`ef_jax.replay.partitioned`).
 Devices of one group share the experts ("expert" axis); groups are copies of one another ("data" axis) and exchange
 nothing when decoding, so a machine of N devices is N / expert groups, each as fast as one. A device has the same
 memory whatever the group: with more devices in a group, more of its own experts have slots, and more rows cross.
+Groups that an engine steps together do wait for one another: "together" is of as many groups as the trace has sequences
+for, each decoding its own, every layer as long as the slowest one's.
+
+Requests of "affine" go where their experts are, by the first 32 of their tokens, which are also decoded: in its favour.
 
 Figures of devices, stated and not measured: memory, link and host as `h100-sxm-pcie5` of `ef_jax.forecast.MACHINES`;
 between the 8 devices of a node 360 GB/s each way (80 % of NVLink 4's 450) and 3 us; between nodes 40 GB/s a device
 (80 % of 400 Gb/s) and 8 us; 120 us a layer besides experts and exchanges. Blocks and rows are those of
 DeepSeek-V2-Lite in bfloat16, unless options say otherwise.
 
-Prints tables, then one line of JSON.
+Prompts are not replayed. What it gains to exchange one micro-batch's rows while another's experts are computed is
+predicted by `ef_jax.mesh.overlap` from the same figures.
+
+Prints tables, then one line of JSON; `scale.md` is the page of the saved one.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import _report
+from bench import _report, _scale_prompts
 from bench._report import rounded
 from ef_jax.errors import InputError
 from ef_jax.forecast import MACHINES
-from ef_jax.placement import PLACEMENTS, dispatch, place
+from ef_jax.placement import PLACEMENTS, dispatch, place, request_scores, token_affinity
 from ef_jax.replay.partitioned import PartitionedResult, PartitionedSettings, replay_partitioned
 from ef_jax.replay.trace import RoutingTrace
 from ef_jax.schedule.link_model import LinkModel
@@ -57,11 +65,11 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw a picture")
     _report.add_save_option(parser, "scale")
     options = parser.parse_args()
-    rows = run(options)
+    found = run(options)
     if options.plot is not None:
         from bench import _scale_plot
 
-        _scale_plot.draw(rows, options.plot)
+        _scale_plot.draw(found["rows"], found["machines"], options.plot)
     figures = {
         "machine": MACHINE.as_dict(),
         "network": dataclasses.asdict(NETWORK),
@@ -69,12 +77,12 @@ def main() -> int:
         "layer_seconds": LAYER_SECONDS,
     }
     settings = {name: getattr(options, name) for name in ("fit", "sequences", "slots", "block_bytes", "row_bytes")}
-    _report.finish("scale", {"settings": settings, "figures": figures, "rows": rows}, options.save)
+    _report.finish("scale", {"settings": settings, "figures": figures, **found}, options.save)
     return 0
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the tables, and return the rows."""
+def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Print the tables, and return their rows: of groups, of whole machines, and of prompts."""
     whole = RoutingTrace.load(options.trace)
     if options.fit >= whole.sequences:
         raise InputError(f"--fit {options.fit} leaves none of {whole.sequences} sequences to decode")
@@ -86,15 +94,20 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             for name in PLACEMENTS:
                 rows.append(_row(fitted, counted, count, slots, name, options))
         print(f"\n{slots} slots a device, {options.sequences} sequences a device\n")
-        print(_table([row for row in rows if row["slots"] == slots]))
-    print("\ntokens/s of all devices, by the best group and placement\n")
-    head = ["devices", *(f"{slots} slots" for slots in options.slots)]
-    print(
-        _report.table(
-            head, ([str(count), *(_best(rows, slots, count) for slots in options.slots)] for count in DEVICES)
-        )
-    )
-    return rows
+        print(_table(_GROUP_HEAD, (row for row in rows if row["slots"] == slots)))
+    machines = [_machine(rows, slots, count) for slots in options.slots for count in DEVICES]
+    print("\nMachines by the fastest group and placement\n")
+    print(_table(_MACHINE_HEAD, machines))
+    figures = _scale_prompts.Figures(
+        machine=MACHINE, network=NETWORK, far_network=FAR_NETWORK, node=NODE, layer_seconds=LAYER_SECONDS,
+        block_bytes=options.block_bytes, row_bytes=options.row_bytes,
+        layers=whole.layers, num_experts=whole.num_experts, top_k=whole.top_k,
+    )  # fmt: skip
+    balanced = (row for row in rows if row["placement"] == "balanced")
+    prompts = [found for row in balanced for found in _scale_prompts.predict(row, figures)]
+    print("\nA pass of all layers, cut into micro-batches: predicted\n")
+    print(_table(_PROMPT_HEAD, prompts))
+    return {"rows": rows, "machines": machines, "prompts": prompts}
 
 
 def _first_tokens(trace: RoutingTrace, count: int) -> RoutingTrace:
@@ -131,7 +144,8 @@ def _row(
         block_seconds=options.block_bytes / MACHINE.device_bandwidth,
     )
     placement = place(name, fitted, devices)
-    found = replay_partitioned(whole, placement, dispatch(whole, devices, batch=batch), settings)
+    scores = request_scores(whole, token_affinity(fitted, placement), devices) if name == "affine" else None
+    found = replay_partitioned(whole, placement, dispatch(whole, devices, batch=batch, scores=scores), settings)
     return {
         "group": devices,
         "slots": slots,
@@ -140,6 +154,7 @@ def _row(
         "hit_rate": rounded(found.hit_rate),
         **{key: rounded(value) for key, value in found.exchange.as_dict().items()},
         **_times(found),
+        **_copies(found),
         "tokens_per_second_per_device": rounded(found.tokens / found.seconds / devices),
     }
 
@@ -159,30 +174,51 @@ def _times(found: PartitionedResult) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = ["placement", "group", "share %", "hit %", "sent", "imbalance", "stall ms", "exchange ms", "compute ms",
-            "step ms", "tokens/s/device", "bound"]  # fmt: skip
-    return _report.table(
-        head,
-        (
-            [
-                row["placement"], row["group"], 100 * row["share"], 100 * row["hit_rate"], row["sent"],
-                row["experts_imbalance"], row["stall_ms"], row["exchange_ms"], row["compute_ms"], row["step_ms"],
-                row["tokens_per_second_per_device"], row["bound"],
-            ]
-            for row in rows
-        ),
-    )  # fmt: skip
+def _copies(found: PartitionedResult) -> dict[str, Any]:
+    """Of groups that decode what this one did batch after batch, each a batch: on their own, and together."""
+    times = found.layer_times.reshape(-1, TOKENS, found.layer_times.shape[1])
+    return {
+        "copies": len(times),
+        "slowest_copy_ms": rounded(1e3 * times.sum(axis=(1, 2)).max() / TOKENS),
+        "together_ms": rounded(1e3 * times.max(axis=0).sum() / TOKENS),
+    }
 
 
-def _best(rows: list[dict[str, Any]], slots: int, devices: int) -> str:
+def _machine(rows: list[dict[str, Any]], slots: int, devices: int) -> dict[str, Any]:
     """The fastest way to use so many devices."""
     fits = [row for row in rows if row["slots"] == slots and row["group"] <= devices]
     best = max(fits, key=lambda row: row["tokens_per_second_per_device"])
-    total = devices * best["tokens_per_second_per_device"]
-    return (
-        f"{total:,.0f} (expert={best['group']} data={devices // best['group']}, {best['placement']}, {best['bound']})"
-    )
+    return {
+        **best,
+        "devices": devices,
+        "data": devices // best["group"],
+        "exchange_share": rounded(best["exchange_ms"] / best["step_ms"]),
+        "tokens_per_second": rounded(devices * best["tokens_per_second_per_device"]),
+    }
+
+
+_GROUP_HEAD = {
+    "placement": "placement", "group": "group", "share": "share %", "hit_rate": "hit %", "sent": "sent",
+    "experts_imbalance": "imbalance", "stall_ms": "stall ms", "exchange_ms": "exchange ms", "compute_ms": "compute ms",
+    "step_ms": "step ms", "tokens_per_second_per_device": "tokens/s/device", "bound": "bound", "copies": "copies",
+    "slowest_copy_ms": "slowest ms", "together_ms": "together ms",
+}  # fmt: skip
+_MACHINE_HEAD = {
+    "devices": "devices", "slots": "slots", "data": "data", "group": "expert", "placement": "placement",
+    "step_ms": "step ms", "stall_ms": "stall ms", "experts_imbalance": "imbalance", "exchange_share": "exchange %",
+    "hit_rate": "hit %", "tokens_per_second_per_device": "tokens/s/device", "tokens_per_second": "tokens/s",
+    "bound": "bound",
+}  # fmt: skip
+_PROMPT_HEAD = {
+    "slots": "slots", "group": "group", "tokens": "tokens", "whole_ms": "whole ms", "two_ms": "in two ms",
+    "micro_batches": "best", "cut_ms": "best ms", "gain": "gain",
+}  # fmt: skip
+
+
+def _table(head: dict[str, str], rows: Iterable[dict[str, Any]]) -> str:
+    """The columns of `head`, shares in per cent."""
+    cells = ([100 * row[key] if title.endswith("%") else row[key] for key, title in head.items()] for row in rows)
+    return _report.table(list(head.values()), cells)
 
 
 if __name__ == "__main__":
