@@ -43,7 +43,8 @@ def check_host_memory(plan: MemoryPlan, device: jax.Device) -> None:
     Raises:
       BudgetError: it has.
     """
-    on_device = plan.total if device.platform == "cpu" else 0
+    devices = 1 if plan.share is None else plan.share.local_devices
+    on_device = plan.total * devices if device.platform == "cpu" else 0
     check_available(plan.host_bytes + plan.host_light_misses + on_device, pages=plan.host is not None)
 
 

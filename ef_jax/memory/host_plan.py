@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ef_jax.errors import BudgetError
+from ef_jax.memory.device_share import DeviceShare
 from ef_jax.memory.sizes import format_bytes
 from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.spec import ModelSpec
@@ -43,30 +44,37 @@ class HostPlan:
         return (self.places + self.on_their_way) * self.place_bytes
 
 
-def make_host_plan(spec: ModelSpec, host_memory: int, *, step: int, staging_slots: int) -> HostPlan | None:
+def make_host_plan(
+    spec: ModelSpec, host_memory: int, *, step: int, staging_slots: int, share: DeviceShare | None = None
+) -> HostPlan | None:
     """Share host memory out: blocks on their way first, places get the rest; None: every block fits.
+
+    On a mesh it is the plan of one device, and each of the process's devices has as much of the memory.
 
     Args:
       spec: the model.
       host_memory: bytes for expert blocks.
       step: the most experts that one layer of a step can need.
       staging_slots: blocks that a wave of a prompt takes.
+      share: what the device has of a mesh; None: all.
 
     Raises:
       BudgetError: it holds less than one layer of a step needs.
     """
-    if host_memory >= spec.total_experts * spec.block_bytes:
+    held = spec.total_experts if share is None else share.held
+    devices = 1 if share is None else share.local_devices
+    if host_memory >= devices * held * spec.block_bytes:
         return None
     wave = max(step, staging_slots, min(MAX_INSERT, spec.experts.count))
     empty = HostPlan(places=0, passing=wave + THREADS, wave=wave, place_bytes=read_bytes(spec))
-    places = (host_memory - empty.nbytes) // empty.place_bytes
+    places = (host_memory // devices - empty.nbytes) // empty.place_bytes
     if places < step:
-        least = empty.nbytes + step * empty.place_bytes
+        least = devices * (empty.nbytes + step * empty.place_bytes)
         raise BudgetError(
             f"host_memory {format_bytes(host_memory)} is too small: this model needs at least {least} bytes "
             f"({-(-least // 10**6)}MB), for {step} expert blocks of a step and {empty.on_their_way} on their way"
         )
-    return dataclasses.replace(empty, places=min(places, spec.total_experts))
+    return dataclasses.replace(empty, places=min(places, held))
 
 
 def check_available(nbytes: int, *, pages: bool) -> None:

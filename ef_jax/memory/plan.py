@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory.device_share import DeviceShare
 from ef_jax.memory.host_plan import HostPlan, make_host_plan
 from ef_jax.memory.sizes import format_bytes
 from ef_jax.nn import cache_shapes
@@ -27,6 +28,9 @@ class MemoryRequest:
     at once, each with keys and values of its own (None: as many as a step runs). `context` is tokens a sequence (prompt
     and output), `chunk` tokens a sequence that one prefill pass takes. `host_memory` are bytes of host memory for
     expert blocks, the others stay on disk; None: all are in host memory.
+
+    On a mesh the budget is each device's, `expert_fraction` is of the experts that a device holds, `batch` and `rows`
+    are in all, and `host_memory` is each process's.
     """
 
     device_memory: int | None = None
@@ -65,6 +69,9 @@ class MemoryPlan:
     read a pool of that size. `host_bytes` are those of expert blocks in host memory: of all of them, or, where `host`
     says how many it holds, of these and of what is on its way. `light_misses` and `host_light_misses` are what blocks
     of 4 bits, for misses of little weight, take on the device and on the host.
+
+    With a `share` it is the plan of one device of a mesh: `experts` are those that it holds, `batch` and `rows` are in
+    all, and `host_bytes` and `disk_bytes` are of all devices of this process.
     """
 
     dense: int
@@ -92,6 +99,7 @@ class MemoryPlan:
     light_misses: int = 0
     host_light_misses: int = 0
     host: HostPlan | None = None
+    share: DeviceShare | None = None
 
     @property
     def items(self) -> dict[str, int]:
@@ -110,7 +118,15 @@ class MemoryPlan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the expert blocks for which there is no place in host memory."""
-        return 0 if self.host is None else (self.experts - self.host.places) * self.block_bytes
+        if self.host is None:
+            return 0
+        devices = 1 if self.share is None else self.share.local_devices
+        return devices * (self.experts - self.host.places) * self.block_bytes
+
+    @property
+    def rows_here(self) -> int:
+        """Of the sequences that are held at once, those on this device."""
+        return self.rows if self.share is None else self.share.rows(self.rows)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -126,6 +142,11 @@ class MemoryPlan:
                 f"{self.left_out} more cache slots are not used: the kernels cannot read a pool of that size, "
                 "but can read one that is larger still"
             )
+        if self.share is not None and self.share.estimated:
+            found.append(
+                f"the workspace is an estimate, one device's programs and room for the exchange: the mesh's own need "
+                f"its {self.share.devices} devices"
+            )
         return tuple(found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,9 +155,12 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), **sums, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
+        share, here = self.share, self.rows_here
+        whole = "" if share is None or not share.whole else f"; whole on each device: {', '.join(share.whole)}"
+        in_all = "" if share is None else f", of {self.rows} in all"
         notes = {
-            "dense": "attention, norms, routers, embeddings",
-            "kv_cache": f"{self.rows} sequence{'s' * (self.rows > 1)} x {self.context} tokens",
+            "dense": f"attention, norms, routers, embeddings{whole}",
+            "kv_cache": f"{here} sequence{'s' * (here > 1)} x {self.context} tokens{in_all}",
             "cache_slots": f"{self.slots} of {self.experts} expert blocks of {format_bytes(self.block_bytes)}, "
             f"{self.block_dtype}",
             "staging": f"{self.staging_slots} blocks that pass through",
@@ -147,11 +171,17 @@ class MemoryPlan:
             "workspace": f"largest program, prompt chunks of {self.chunk} tokens",
             "reserve": "allocator slack",
         }
-        lines = [f"memory plan: {format_bytes(self.total)} of {format_bytes(self.budget)} on the device"]
+        where = "the device"
+        if share is not None:
+            where = f"each of {share.devices} devices ({share.mesh}, experts placed {share.placement})"
+        lines = [f"memory plan: {format_bytes(self.total)} of {format_bytes(self.budget)} on {where}"]
         lines += [f"  {name:12} {format_bytes(size):>9}  {notes[name]}" for name, size in self.items.items()]
         held = f"all {self.experts} expert blocks"
         if self.host is not None:
             held = f"{self.host.places} of {self.experts} expert blocks, and {self.host.on_their_way} on their way"
+        if share is not None:
+            each = "" if self.host is None else f", {held} on each"
+            held = f"{share.host_blocks} expert blocks, of {share.local_devices} devices of this process{each}"
         lines.append(f"  {'host':12} {format_bytes(self.host_bytes):>9}  pinned, {held}")
         if self.disk_bytes:
             lines.append(f"  {'disk':12} {format_bytes(self.disk_bytes):>9}  read when they are needed, or before")
@@ -187,8 +217,11 @@ def kv_cache_bytes(spec: ModelSpec, rows: int, context: int) -> int:
     return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
 
-def experts_a_step(spec: ModelSpec, batch: int) -> int:
-    """The most experts that one layer of one decode step can need, which must have slots at the same time."""
+def experts_a_step(spec: ModelSpec, batch: int, share: DeviceShare | None = None) -> int:
+    """The most experts that one layer of one decode step can need of a device, which must have slots at the same
+    time."""
+    if share is not None:
+        return share.experts_a_step(spec, batch)
     return min(spec.experts.count, batch * spec.experts.top_k)
 
 
@@ -198,6 +231,7 @@ def make_plan(
     fixed: FixedBytes,
     *,
     readable: Callable[[int], bool] = lambda slots: True,
+    share: DeviceShare | None = None,
 ) -> MemoryPlan:
     """Share a budget out: fixed items first, the staging ring, then as many cache slots as fit.
 
@@ -206,14 +240,17 @@ def make_plan(
       request: what is asked for.
       fixed: what does not depend on the slots.
       readable: whether kernels can read a pool of so many slots; of some sizes they may not, small ones they can.
+      share: what the device has of a mesh; None: all.
 
     Raises:
       BudgetError: the budget holds less than the fixed items and the smallest staging ring (the experts that one
         layer of one step can need); the message gives the smallest budget that works.
     """
-    least_staging = experts_a_step(spec, request.batch)
+    least_staging = experts_a_step(spec, request.batch, share)
     token_cycle = len(spec.step_moe_layers) * least_staging
-    full_staging = min(spec.experts.count, max(least_staging, STAGING_SLOTS))
+    in_layer = spec.experts.count if share is None else share.most_in_layer
+    held = spec.total_experts if share is None else share.held
+    full_staging = min(in_layer, max(least_staging, STAGING_SLOTS))
     block = spec.block_bytes
 
     def plan(slots: int, staging_slots: int, budget: int | None, left_out: int = 0) -> MemoryPlan:
@@ -230,28 +267,33 @@ def make_plan(
             "state": fixed.state,
             "workspace": fixed.workspace,
         }
-        misses = slots < spec.total_experts
+        misses = slots < held
         if misses:
             sizes["light_misses"] = fixed.light_misses
         reserve = math.ceil(_RESERVE_SHARE * sum(sizes.values()))
-        host = None
+        host, host_bytes = None, block * (held if share is None else share.host_blocks)
         if request.host_memory is not None:
-            host = make_host_plan(spec, request.host_memory, step=least_staging, staging_slots=staging_slots)
+            host = make_host_plan(
+                spec, request.host_memory, step=least_staging, staging_slots=staging_slots, share=share
+            )
+        if host is not None:
+            host_bytes = host.nbytes * (1 if share is None else share.local_devices)
         return MemoryPlan(
             **sizes,
             reserve=reserve,
             budget=sum(sizes.values()) + reserve if budget is None else budget,
             slots=slots,
             staging_slots=staging_slots,
-            experts=spec.total_experts,
+            experts=held,
             token_cycle=token_cycle,
             block_bytes=block,
             batch=request.batch,
             rows=request.rows or request.batch,
             context=request.context,
             chunk=request.chunk,
-            host_bytes=spec.total_experts * block if host is None else host.nbytes,
+            host_bytes=host_bytes,
             host=host,
+            share=share,
             block_dtype=spec.block_dtype,
             left_out=left_out,
             host_light_misses=fixed.host_light_misses if misses else 0,
@@ -261,17 +303,17 @@ def make_plan(
         fewer = next((fewer for fewer in range(slots, 0, -1) if readable(fewer + staging_slots)), 0)
         return plan(fewer, staging_slots, budget, slots - fewer)
 
-    resident = readable(spec.total_experts)
+    resident = readable(held)
     if request.expert_fraction is not None:
-        slots = round(request.expert_fraction * spec.total_experts)
-        if resident and slots == spec.total_experts:
+        slots = round(request.expert_fraction * held)
+        if resident and slots == held:
             return plan(slots, 0, None)
         return readable_plan(slots, full_staging, None)
 
     budget = request.device_memory
     assert budget is not None
-    if resident and plan(spec.total_experts, 0, budget).total <= budget:
-        return plan(spec.total_experts, 0, budget)
+    if resident and plan(held, 0, budget).total <= budget:
+        return plan(held, 0, budget)
     least = plan(0, least_staging, budget)
     if least.total > budget:
         raise BudgetError(
@@ -283,7 +325,7 @@ def make_plan(
     slots = int((budget - base.total) / (block * (1 + _RESERVE_SHARE)))
     while slots and plan(slots, staging_slots, budget).total > budget:
         slots -= 1
-    return readable_plan(min(slots, spec.total_experts), staging_slots, budget)
+    return readable_plan(min(slots, held), staging_slots, budget)
 
 
 def check_host_pool(host_bytes: int, platform: str) -> None:
