@@ -1,24 +1,46 @@
 """Routed tokens go to the devices that serve their experts, and the outputs come back; inside `shard_map`.
 
-`send` gives every device the tokens that it serves, as `Routed` of all its group: token t of the source with index s on
-the `expert` axis is in block s, and experts that the device does not serve are -1. `collect` brings each output back to
-its token's device, in the order of the token's own ids: no sum is made on the way, so that what a token gets does not
-depend on the placement.
+`send` gives every device the tokens that it serves, as `Routed` of all its group: the tokens of the source with index s
+on the `expert` axis are in block s, and experts that the device does not serve are -1. `collect` brings each output
+back to its token's device, in the order of the token's own ids: no sum is made on the way, so that what a token gets
+does not depend on the placement, nor on the transport.
 
 Sequences are the same along `tensor`: there each device sends and serves for its own experts, and the outputs are
 shared in `collect`.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from ef_jax.errors import InputError
+from ef_jax.mesh import padded, ragged
 from ef_jax.runtime.steps import Routed
 
 Transport = Literal["padded", "ragged"]
 """How rows move: whole blocks to everybody, or only to where they are needed (`ragged_all_to_all`, on accelerators)."""
+
+
+def choose_transport(devices: Sequence[jax.Device], name: str | None = None) -> Transport:
+    """The transport of that name, or the one for these devices: "ragged" on GPUs, "padded" elsewhere.
+
+    Raises:
+      InputError: there is no such transport, or these devices cannot run it.
+    """
+    on_gpus = all(device.platform in ("gpu", "cuda", "rocm") for device in devices)
+    if name is None:
+        return "ragged" if on_gpus else "padded"
+    if name == "padded":
+        return "padded"
+    if name == "ragged":
+        if not on_gpus:
+            platform = next(device.platform for device in devices if device.platform != "gpu")
+            raise InputError(f"exchange 'ragged' cannot run on {platform}: give exchange='padded' or none")
+        return "ragged"
+    raise InputError(f"exchange {name!r} is not one of {', '.join(get_args(Transport))}")
 
 
 def send(routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = "padded") -> Routed:
@@ -30,13 +52,10 @@ def send(routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = 
       transport: how.
 
     Returns:
-      `[X * B, T, ...]`, X the size of the `expert` axis; `x` is `h`.
+      `[X * B, T, ...]`, X the size of the `expert` axis; `x` is `h`. Where a token stands in its source's block is up
+      to the transport; tokens with no expert here may be missing, and have ids of -1 if they are not.
     """
-    whole = (jax.lax.all_gather(part, "expert", axis=0, tiled=True) for part in (routed.h, routed.ids, routed.weights))
-    h, ids, weights = whole
-    sources = jnp.repeat(jnp.arange(jax.lax.axis_size("expert")), routed.ids.shape[0])
-    server = serves[sources[:, None, None], jnp.maximum(ids, 0)]
-    return Routed(h, h, jnp.where(server == _owner(), ids, -1), weights)
+    return _module(transport).send(routed, serves)
 
 
 def collect(
@@ -53,16 +72,12 @@ def collect(
     Returns:
       One row for every id of `routed`, in order; zeros where it is -1.
     """
-    sources = jax.lax.axis_size("expert")
-    rows = outputs.reshape(sources, -1, outputs.shape[-1])
-    back = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=0)  # [X servers, M, D]
-    back = jax.lax.all_gather(back, "tensor", axis=1)  # [X, tensor, M, D]
-    back = back.reshape(-1, *back.shape[2:])  # by owner
-    ids = routed.ids.reshape(-1)
-    server = serves[jax.lax.axis_index("expert"), jnp.maximum(ids, 0)]
-    mine = back[server, jnp.arange(len(ids))]
-    return jnp.where((ids >= 0)[:, None], mine, 0)
+    # As whole numbers: XLA:CPU copies 16-bit floats by way of 32 bits, which changes those that are none.
+    bits = jax.lax.bitcast_convert_type(outputs, jnp.dtype(f"uint{8 * outputs.dtype.itemsize}"))
+    mine = _module(transport).collect(bits, routed, serves)
+    return jax.lax.bitcast_convert_type(mine, outputs.dtype)
 
 
-def _owner() -> Array:
-    return jax.lax.axis_index("expert") * jax.lax.axis_size("tensor") + jax.lax.axis_index("tensor")
+def _module(transport: Transport):  # type: ignore[no-untyped-def]
+    """Among one source all transports are the same."""
+    return ragged if transport == "ragged" and jax.lax.axis_size("expert") > 1 else padded
