@@ -1,371 +1,207 @@
-"""The engine: one device, some sequences side by side, experts served from slots as the routers ask for them."""
+"""The engine of one device: experts served from its slots as the routers ask for them."""
 
-import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
-from ef_jax.predict.log_odds import union_bins
+from ef_jax.errors import LinkError
+from ef_jax.lossy import LOSSLESS, LossyOptions
+from ef_jax.memory.plan import MemoryPlan
+from ef_jax.memory.program_memory import live_bytes
+from ef_jax.memory.residency import Residency
+from ef_jax.memory.slot_pool import MAX_INSERT
+from ef_jax.nn import reach_of
+from ef_jax.predict import Predictor
+from ef_jax.prefetching import NO_PREFETCHING, Prefetching
 from ef_jax.runtime.dense import DenseWeights
-from ef_jax.runtime.layer_passes import LayerPasses, routed_rows
-from ef_jax.runtime.rows import Chunk
-from ef_jax.sampling_options import SamplingOptions
-from ef_jax.timeline import COMPUTE, STEPS, Timeline
+from ef_jax.runtime.layer_passes import routed_rows
+from ef_jax.runtime.look_ahead import LookAhead
+from ef_jax.runtime.miss_handlers import MissError, MissHandler
+from ef_jax.runtime.programs import Programs
+from ef_jax.runtime.routing_paths import RoutingPaths
+from ef_jax.runtime.rows import Rows
+from ef_jax.runtime.sequence_engine import SequenceEngine
+from ef_jax.runtime.steps import Routed
+from ef_jax.schedule.device_link import DeviceLink
+from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.host_tier import HostTier
+from ef_jax.schedule.scheduler import Scheduler
+from ef_jax.schedule.token_order import Order, run_there_first
+from ef_jax.spec import ModelSpec
+from ef_jax.stats import Stats
+from ef_jax.timeline import COMPUTE
 
 
-class Engine(LayerPasses):
-    """Runs sequences through the model.
+class Engine(SequenceEngine):
+    """Runs sequences on one device; see `SequenceEngine`."""
 
-    It holds up to `rows` sequences, each in a row of the key/value caches. One takes a row with `join`, runs its prompt
-    in the passes of `cuts` with `prompt_pass`, then a token at a time with `step`, and goes with `leave`. What a
-    sequence gets does not depend on its row or its company, bit for bit. It is a `Stepper` for a `BatchEngine`.
-    """
-
-    @property
-    def dense(self) -> DenseWeights:
-        """The weights that stay on the device."""
-        return self._dense
-
-    @property
-    def programs(self) -> Any:
-        """The `Programs` that the engine was made with, or what a bench has put in their place; those that
-        `lookout.running` names may be others."""
-        return self.lookout.programs
-
-    def show(self, timeline: Timeline | None) -> None:
-        """Note in `timeline` what runs from now on; None: nowhere.
-
-        Compute is noted from when a layer's experts are there until the host has read what the next layer needs, so on
-        a device that runs by itself it is what the host sees of it.
-        """
-        self.timeline = timeline
-        self.scheduler.show(timeline)
-
-    @property
-    def rows(self) -> int:
-        """Sequences that can be held at once."""
-        return self._rows.count
-
-    @property
-    def batch(self) -> int:
-        """Sequences that one step can run."""
-        return self._rows.batch
-
-    def cuts(self, length: int) -> list[tuple[int, int]]:
-        """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
-        return list(self.programs.chunks(length))
-
-    def lanes(self, width: int) -> int:
-        """Prompts that one pass over `width` tokens of each can take."""
-        return self.programs.lanes(width)
-
-    def prepare(self, length: int, until: int) -> None:
-        """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken, so that nothing
-        compiles while it runs. Sequences look ahead only if somebody will listen."""
-        if self._resting:
-            self.lookout.look(self.scheduler.listens())
-        self.lookout.compile_for(length, until, may_stop=self.scheduler.on_trial)
-
-    def join(self, row: int, prompt: np.ndarray, options: SamplingOptions, draw: int) -> None:
-        """A sequence takes a row; its prompt is still to be run.
-
-        Args:
-          row: 0 to `rows - 1`, one that nobody has.
-          prompt: int32 `[T]`, not empty, not longer than the context.
-          options: how its tokens are chosen.
-          draw: the number that its random draws go by.
-        """
-        self._resting = False
-        rows, lookout = self._rows, self.lookout
-        rows.join(row, prompt, options, draw)
-        mask = np.zeros(self.spec.vocab, bool)
-        mask[self._first_token if self.spec.encodes else prompt] = True
-        rows.seen, lookout.state = lookout.running.join()(rows.seen, lookout.state, np.int32(row), mask)
-        if self.routing_paths is not None:
-            self.routing_paths.join(row, prompt)
-
-    def leave(self, row: int) -> None:
-        """The sequence of a row is done; the row is free."""
-        self._rows.prompts[row] = self._rows.prompts[row][:0]
-
-    def prompt_pass(self, width: int, parts: Sequence[tuple[int, int]]) -> dict[int, tuple[int, float]]:
-        """One chunk of each of some prompts.
-
-        Args:
-          width: of the chunks, as `cuts` has them.
-          parts: row and start of each chunk, at most `lanes(width)`.
-
-        Returns:
-          For each row whose prompt ends in the pass, its first token and that token's log-probability. With an encoder
-          these come of a first step of the decoder, which follows the pass.
-
-        Raises:
-          LinkError: blocks could not be copied; the pass can be run again.
-        """
-        began = time.perf_counter()
-        ended = [row for row, start in parts if len(self._rows.prompts[row]) <= start + width]
-        ended = sorted(ended) if self.rows == self.batch else ended
-        self._run_chunk(width, parts, dict(zip(ended, self._rows.places(ended), strict=True)))
-        phase = self.stats.prefill
-        for row, start in parts:
-            self._rows.length[row] = min(len(self._rows.prompts[row]), start + width)
-            phase.tokens += int(self._rows.length[row]) - start
-        firsts = []
-        if ended and not self.spec.encodes:
-            firsts = self._choose(self._last, ended)
-            self._note(COMPUTE, "head", self._served_at)
-        self._note(STEPS, "prompts", began)
-        phase.seconds += time.perf_counter() - began
-        self._note_peak()
-        if ended and self.spec.encodes:
-            self._begin_texts(ended)
-            firsts = self.step(ended)
-        return dict(zip(ended, firsts, strict=True))
-
-    def step(self, rows: Sequence[int], then: Sequence[int] = ()) -> list[tuple[int, float]]:
-        """One token for the sequences of some rows.
-
-        Args:
-          rows: at most `batch`, whose prompts have run.
-          then: other rows that are to take the next step, as far as is known.
-
-        Returns:
-          A token and its log-probability for each, in the order of `rows`.
-
-        Raises:
-          LinkError: blocks could not be copied; the step can be run again.
-        """
-        began = time.perf_counter()
-        order, last, deferred = self._advance(rows, then)
-        chosen = self._choose(last, order)
-        self._note(COMPUTE, "head", self._served_at)
-        self._end_step(order, deferred, began)
-        if order == list(rows):
-            return chosen
-        of_row = dict(zip(order, chosen, strict=True))
-        return [of_row[row] for row in rows]
-
-    def _advance(
-        self, rows: Sequence[int], then: Sequence[int]
-    ) -> tuple[list[int], jax.Array, list[tuple[int, jax.Array]]]:
-        """The layers of a decode step.
-
-        Returns:
-          The rows in the order of their places, residual rows `[B, D]`, and routes that nobody has waited for yet.
-        """
-        state = self._rows
-        by_age = sorted(rows, key=lambda row: int(state.number[row]))  # as replays have them
-        order = sorted(rows) if state.count == state.batch else by_age
-        places = state.places(order)
-        self._age_order = None if order == by_age else [order.index(row) for row in by_age]
-        positions = np.full((state.batch, 1), -1, np.int32)
-        positions[places, 0] = state.length[order]
-        index = state.index(order) if state.count != state.batch else None
-        span = self.lookout.running.span(int(positions.max()) + 1)
-        deferred: list[tuple[int, jax.Array]] = []
-        if self.lookout.may_stop and not self.scheduler.listens():
-            self.lookout.look(False)
-        ahead = self.lookout.token_report(order)
-        self.scheduler.begin_step(
-            state.tokens[by_age].tolist(),
-            None if ahead is None else ahead.bins,
-            diversity=None if ahead is None else ahead.diversity,
-            paths=self._union_of_paths(order),
-            following=self._union_of_paths(list(then)),
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        programs: Programs,
+        dense: DenseWeights,
+        residency: Residency,
+        link: DeviceLink | EmulatedLink,
+        device: jax.Device,
+        *,
+        look_ahead: LookAhead | None = None,
+        routing_paths: RoutingPaths | None = None,
+        predictor: Predictor | None = None,
+        prefetching: Prefetching = NO_PREFETCHING,
+        candidates: str = "value",
+        most_wasted: float = 1.0,
+        order: Order = "auto",
+        below: HostTier | None = None,
+        miss_handlers: Sequence[MissHandler] = (),
+        lossy: LossyOptions = LOSSLESS,
+    ) -> None:
+        self.link, self.device, self.order, self.miss_handlers = link, device, order, miss_handlers
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        stats = Stats.empty(
+            layers=len(spec.moe_layers),
+            experts=spec.total_experts,
+            slots=plan.slots,
+            staging_slots=plan.staging_slots,
+            lossy=lossy.as_dict(),
         )
-        serve = functools.partial(self._serve, deferred)
-        carried = self._layers(1, span, self._tokens(order), positions, index, serve)
-        last = self.lookout.running.end_step()(self._dense.finish[self._step_layers[-1]], carried)
-        return order, last, deferred
+        self.scheduler: Scheduler[Any] = Scheduler(
+            residency,
+            link,
+            stats,
+            block_bytes=plan.block_bytes,
+            wave_size=MAX_INSERT,
+            predictor=predictor,
+            prefetch=prefetching.prefetch,
+            candidates=candidates,
+            most_wasted=most_wasted,
+            lingers=any(handler.lingers for handler in miss_handlers),
+            below=below,
+        )
+        super().__init__(
+            spec,
+            plan,
+            programs,
+            dense,
+            rows=Rows(spec, rows=plan.rows, batch=plan.batch, context=plan.context, sharding=sharding),
+            reaches=jax.device_put([reach_of(layer) for layer in spec.layers], sharding),
+            stats=stats,
+            scheduler=self.scheduler,
+            look_ahead=look_ahead,
+            routing_paths=routing_paths,
+            off_because=prefetching.off_because,
+            lossy=lossy,
+        )
+        chosen = plan.batch * spec.experts.top_k
+        self._no_outputs = jnp.zeros((chosen, spec.hidden), jnp.dtype(spec.dtype), device=sharding)
 
-    def _end_step(self, order: list[int], deferred: list[tuple[int, jax.Array]], began: float) -> None:
-        """A step that began then has run: it is counted, and what was not waited for is told."""
-        for layer, ids in deferred:
-            self.scheduler.note(layer, self._by_age(routed_rows(ids, dropping=self._drops)))
-        self._rows.length[order] += 1
-        phase = self.stats.decode
-        phase.seconds += time.perf_counter() - began
-        phase.tokens += len(order)
-        phase.steps += 1
-        self._note(STEPS, "step", began)
+    @property
+    def residency(self) -> Residency:
+        """Which block is in which slot."""
+        return self.scheduler.residency
 
     def rest(self) -> None:
-        """Nobody has a row: nothing is fetched for now; note the peak of device memory."""
-        self._resting = True
-        self.scheduler.end_run()
+        """See `SequenceEngine`."""
+        super().rest()
         for handler in self.miss_handlers:
             self.stats.miss = {**(self.stats.miss or {}), **handler.report()} or None
-        if self.stats.horizon is None and self._off_because is not None:
-            self.stats.horizon = {"off_because": self._off_because}
-        self._note_peak()
 
-    def recover(self) -> None:
-        """After an error that was no `LinkError`: arrays that were lost with a program are made anew, empty."""
-        self._fed = None
-        self.lookout.reset()
-        if self._rows.lost:
-            self._rows.clear()
-        if self.link.pool.restore():
-            self.scheduler.forget()
-        if self._last.is_deleted():
-            self._last = jnp.zeros_like(self._no_outputs[: self.batch])
-        if self.routing_paths is not None:
-            self.routing_paths.reset()
+    def _recover_slots(self) -> bool:
+        return self.link.pool.restore()
 
-    def paths(self, rows: Sequence[int]) -> UInt8[np.ndarray, "n L E"] | None:
-        """What the next tokens of some rows are predicted to use, as bins of log-odds; None: nobody knows."""
-        return None if self.routing_paths is None else self.routing_paths.bins(rows)
-
-    def logits(self, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
-        """Logits after every token of one sequence.
-
-        Args:
-          tokens: int32 `[T]`, not longer than the context.
-          row: one that nobody has.
-
-        Yields:
-          f32 `[t, V]`, in order; the t sum to T.
-        """
-        left = len(tokens)
-        began = time.perf_counter()
-        self.join(row, tokens, SamplingOptions(), 0)
+    def _serve(self, deferred, index: int, routed: Routed):  # type: ignore[no-untyped-def]
+        """Have every expert that MoE layer `index` chose in a slot; a layer that cannot miss is not read back."""
+        scheduler, residency, link = self.scheduler, self.residency, self.link
+        outputs = self._no_outputs
+        if scheduler.cannot_miss(index):
+            deferred.append((index, routed.ids))
+            return routed, link.pool.array, residency.slot_of[index].copy(), outputs
         try:
-            for start, width in self.cuts(left):
-                rows = np.asarray(self._run_chunk(width, [(row, start)], {}))[0, : left - start]
-                yield from self.lookout.running.logits_of(rows, self._dense.top)
-        finally:
-            self.leave(row)
-        self.stats.prefill.seconds += time.perf_counter() - began
-        self.stats.prefill.tokens += len(tokens)
-        self._note_peak()
-
-    def logits_by_steps(self, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
-        """As `logits`, by a prompt of the first token and a decode step for each of the others."""
-        self.join(row, tokens[:1], SamplingOptions(), 0)
-        try:
+            report = self.lookout.report(self.plan.batch)
+            if report is None:
+                rows, bins = routed_rows(routed.ids, dropping=self._drops), None
+            else:
+                rows, bins = report.ids, report.bins
+            weights = None if report is None else report.weights
+        except RuntimeError as error:
+            # JAX's: a copy that nobody waited for may have failed, and what reads it fails too.
+            raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
+        self._note(COMPUTE, f"layer {index}", self._served_at)
+        kept = self._offer(index, rows, weights) if self.miss_handlers else ()
+        left = [expert for _, experts in kept for expert in experts]
+        later = [expert for handler, experts in kept if handler.lingers for expert in experts]
+        admission = scheduler.ask(index, self._by_age(rows), bins, left=left, later=later)
+        if not (admission.missing or admission.late or left):
+            return routed, link.pool.array, residency.slot_row(index, admission), outputs
+        free = sum(len(experts) for handler, experts in kept if handler.free)
+        first = run_there_first(self.order, admission, link, free=free)
+        if not (first or left):
+            scheduler.complete(admission)
+            return routed, link.pool.array, residency.slot_row(index, admission), outputs
+        done = residency.slot_row(index, admission)
+        done[[*admission.missing, *admission.late] if first else slice(None)] = -1
+        if first:
             began = time.perf_counter()
-            first = self._run_chunk(self.cuts(1)[0][1], [(row, 0)], {})
-            self._rows.length[row] = 1
-            rows = [np.asarray(first)[0, 0]]
-            self.stats.prefill.seconds += time.perf_counter() - began
-            self.stats.prefill.tokens += 1
-            rows += self._follow(row, tokens[1:].tolist())
-            yield from self.lookout.running.logits_of(np.stack(rows), self._dense.top)
-        finally:
-            self.leave(row)
-        self._note_peak()
+            outputs = self.lookout.running.there()(routed, link.pool.array, done, outputs)
+            self._note(COMPUTE, f"layer {index}, resident rows", began)
+        outputs, failed = self._run_kept(index, routed, kept, outputs)
+        scheduler.complete(admission)
+        if failed:
+            scheduler.fetch_left(self._by_age(rows), admission, failed)
+        rest = residency.slot_row(index, admission)
+        rest[done >= 0] = -1
+        return routed, link.pool.array, rest, outputs
 
-    def logits_after(self, prompt: np.ndarray, tokens: np.ndarray, row: int = 0) -> Iterator[np.ndarray]:
-        """Logits of a decoder with an encoder: after its first token, and after each of those given.
+    def _offer(
+        self, index: int, rows: list[list[int]], weights: list[list[float]] | None
+    ) -> list[tuple[MissHandler, list[int]]]:
+        """Which handler keeps which absent experts of a layer."""
+        kept, absent = [], self.scheduler.absent(index, rows)
+        for handler in self.miss_handlers:
+            if absent and (experts := handler.keep(index, rows, absent, weights)):
+                kept.append((handler, experts))
+                absent = [expert for expert in absent if expert not in experts]
+        return kept
 
-        Args:
-          prompt: int32 `[P]`, what the encoder reads.
-          tokens: int32 `[T]`, what the decoder is given; with the prompt not longer than the context.
-          row: one that nobody has.
+    def _run_kept(self, index, routed, kept, outputs):  # type: ignore[no-untyped-def]
+        """Have handlers see to what they kept: the outputs, and the experts that must be copied after all."""
+        failed: list[int] = []
+        link, phase = self.link, self.stats.decode
+        for handler, experts in kept:
+            began, waited = time.perf_counter(), link.seconds
+            try:
+                outputs = handler.run(index, routed, experts, outputs)
+                getattr(phase, handler.counter)[index] += len(experts)
+                phase.bytes_low_precision += len(experts) * handler.block_bytes
+            except MissError:
+                failed += experts
+            phase.stall_seconds += link.seconds - waited
+            self._note(COMPUTE, f"layer {index}, experts {experts} by {type(handler).__name__}", began)
+        return outputs, failed
 
-        Yields:
-          f32 `[t, V]`, in order; the t sum to 1 + T.
-        """
-        self.join(row, prompt, SamplingOptions(), 0)
-        try:
-            for start, width in self.cuts(len(prompt)):
-                self._run_chunk(width, [(row, start)], {})
-            self._begin_texts([row])
-            rows = self._follow(row, [self._first_token, *tokens.tolist()])
-            yield from self.lookout.running.logits_of(np.stack(rows), self._dense.top)
-        finally:
-            self.leave(row)
-        self._note_peak()
-
-    def _follow(self, row: int, tokens: Sequence[int]) -> list[np.ndarray]:
-        """What the layers make of tokens that a sequence is given, a decode step each: residual rows `[D]`."""
-        self._fed = None
-        self.lookout.hear_tokens([row], None)
-        place, rows = self._rows.places([row])[0], []
-        for token in tokens:
+    def _serve_prompt(self, width, absorb, index: int, carried):  # type: ignore[no-untyped-def]
+        """Outputs of every routed row of MoE layer `index`, wave by wave; a trained predictor hears of its routes."""
+        wave = self.lookout.running.wave(width)
+        routed, rows, outputs = carried
+        if absorb is not None:
+            absorb(index, routed.ids)
+        counts = np.asarray(rows.sizes)
+        self._note(COMPUTE, f"prompt, layer {index}", self._served_at)
+        for part in self.scheduler.serve_prompt(index, counts):
             began = time.perf_counter()
-            self._rows.tokens[row] = token
-            order, last, deferred = self._advance([row], ())
-            rows.append(np.asarray(last)[place])
-            self._end_step(order, deferred, began)
-        return rows
+            outputs = wave(rows, outputs, self.link.pool.array, part.slot_row)
+            self._note(COMPUTE, f"prompt, wave of layer {index}", began)
+        return routed, rows.order, outputs
 
-    def _union_of_paths(self, rows: list[int]) -> UInt8[np.ndarray, "L E"] | None:
-        """What a step of some rows is predicted to use, if there is somebody to hear it."""
-        if self.routing_paths is None or not rows or not self.scheduler.hears:
-            return None
-        return union_bins(self.routing_paths.bins(rows))
+    def _held(self, layer: int) -> tuple[np.ndarray, ...]:
+        """Argument "held" of the program that ends in a decoder layer; none for a dense one."""
+        index = self._moe_index.get(layer)
+        return () if index is None else (self.residency.held(index),)
 
-    def _tokens(self, rows):  # type: ignore[no-untyped-def]
-        """What the sequences of a step take in, `[B, 1]` on the device."""
-        if self._fed is not None:
-            fed, tokens = self._fed
-            if fed == rows or (self.rows == self.batch and set(rows) <= set(fed)):
-                return tokens
-        state = self._rows
-        given = np.zeros((state.batch, 1), np.int32)
-        given[state.places(rows), 0] = state.tokens[rows]
-        return jax.device_put(given, state.sharding)
-
-    def _choose(self, last: jax.Array, rows: list[int]) -> list[tuple[int, float]]:
-        """The next token of the sequences of some rows, and its log-probability, from residual rows `[B, D]`."""
-        state = self._rows
-        places = state.places(rows)
-        active, step = np.zeros(state.batch, bool), np.zeros(state.batch, np.int32)
-        active[places], step[places] = True, state.step[rows]
-        tokens, logprobs, state.seen, ahead = self.lookout.running.head()(
-            last,
-            self._dense.top,
-            state.seen,
-            step,
-            state.sampling(rows),
-            active,
-            state.index(rows) if state.count != state.batch else None,
-            *self.lookout.from_token(),
-        )
-        if self.routing_paths is not None:
-            self.routing_paths.follow(state.index(rows), tokens)
-        state.step[rows] += 1
-        self._fed = rows, tokens
-        self.lookout.hear_tokens(rows, ahead)
-        chosen = np.asarray(tokens)[places, 0]
-        state.tokens[rows] = chosen
-        return list(zip(chosen.tolist(), np.asarray(logprobs)[places].tolist(), strict=True))
-
-    def _run_chunk(self, width: int, parts: Sequence[tuple[int, int]], ends: dict[int, int]) -> jax.Array:
-        """Run chunks of prompts: `(row, start)` each; `_last` takes the last row of those in `ends`, at that place.
-
-        Returns:
-          The residual stream `[lanes, T, D]` after the last layer.
-        """
-        chunk = self._rows.chunk(width, self.lanes(width), parts, ends)
-        span = self.lookout.running.span(max(start for _, start in parts) + width)
-        absorb = self.lookout.absorber(width, chunk.rows)
-        serve = functools.partial(self._serve_prompt, self.lookout.running.wave(width), absorb)
-        carried = self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
-        self.stats.prefill.steps += 1
-        finish = self._dense.finish[self._prompt_layers[-1]]
-        if self.spec.encodes:
-            return self._remember(width, finish, carried, chunk)
-        x, self._last = self.lookout.running.end_chunk(width)(finish, carried, self._last, chunk.ends)
-        return x
-
-    def _remember(self, width: int, finish: Sequence[jax.Array], carried: Any, chunk: Chunk) -> jax.Array:
-        """Have the decoder's layers remember what the encoder makes of prompts `[lanes, T, D]`, which is returned."""
-        programs, caches = self.lookout.running, self._rows.caches
-        memory: jax.Array = programs.end_encoder(width)(finish, carried, self._dense.top)
-        for layer in self._step_layers:
-            remember = programs.remember(width, self.spec.layers[layer].kind)
-            caches[layer] = remember(memory, self._dense.layers[layer], caches[layer], (chunk.positions, chunk.rows))
-        return memory
-
-    def _begin_texts(self, rows: list[int]) -> None:
-        """The decoder begins anew in some rows, whose prompts the encoder has read."""
-        self._rows.length[rows], self._rows.tokens[rows] = 0, self._first_token
-        self._fed = None
-        self.lookout.hear_tokens(rows, None)
+    def _note_peak(self) -> None:
+        live = live_bytes(self.device)
+        self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.lookout.programs.temp_bytes)

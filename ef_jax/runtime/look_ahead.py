@@ -8,6 +8,7 @@ layer computes. A run that weighs its misses has the router's weights in the rep
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,13 @@ from ef_jax.spec import ModelSpec
 _ID_BYTES = 2  # expert ids travel as uint16; an inactive sequence's are 65535
 _WEIGHT_BYTES = 4  # float32
 _DIVERSITY_BYTES = 4
+
+Together = Callable[[jax.Array], jax.Array]
+"""Of an array `[B, ...]` of this device's sequences, that of all that a step runs."""
+
+
+def _as_they_are(of_sequences: jax.Array) -> jax.Array:
+    return of_sequences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,10 +162,12 @@ def look_from_layer(
     state: Float32[Array, "B W"] | None,
     *,
     weighed: bool = False,
+    together: Together = _as_they_are,
 ) -> tuple[UInt8[Array, " n"], Float32[Array, "B W"] | None]:
     """The report of a decode step's MoE layer, `look.first`, and the state after it; while tracing.
 
-    A `weighed` report has the router's weights in it.
+    A `weighed` report has the router's weights in it. Reports are of the sequences that `together` gives, those of all
+    devices where others have some.
     """
     with jax.named_scope("look_ahead"):
         x, ids = jax.lax.optimization_barrier((routed.x[:, 0], routed.ids[:, 0]))
@@ -165,15 +175,20 @@ def look_from_layer(
             state = correction.advance(spec.correction, look.trained.common, state, look.first, ids)
         shift = jnp.pad(look.shift, ((1, 0), (0, 0)))
         choice = pregate(model, look.stack, x, look.first, spec.distances + 1, shift)
-        active = ids[:, 0] >= 0
         odds = log_odds(choice, model.experts.top_k, jnp)
-        own = highest(odds[:, 0], active, jnp)
-        odds = odds[:, 1:]
+        own, odds = odds[:, 0], odds[:, 1:]
         if spec.correction is not None and look.trained is not None and state is not None:
             odds = correction.correct(spec.correction, look.trained.source, choice[:, 1:], state)
-        bins = to_bins(jnp.concatenate([own[None], union(odds, active, jnp)]), jnp)
-        own_routes = report_routes(routed) if weighed else _as_bytes(ids.astype(jnp.uint16))
+        ids, own, odds = together(ids), together(own), together(odds)
+        active = ids[:, 0] >= 0
+        bins = to_bins(jnp.concatenate([highest(own, active, jnp)[None], union(odds, active, jnp)]), jnp)
+        own_routes = report_routes(routed) if weighed else report_ids(ids)
         return jnp.concatenate([own_routes, bins.reshape(-1)]), state
+
+
+def report_ids(ids: Int32[Array, "B K"]) -> UInt8[Array, " n"]:
+    """The report of a layer in which nothing looks ahead and nothing is weighed: ids alone; while tracing."""
+    return _as_bytes(ids.astype(jnp.uint16))
 
 
 def report_routes(routed: Routed) -> UInt8[Array, " n"]:
@@ -190,8 +205,11 @@ def look_from_token(
     tokens: Int32[Array, " B"],
     active: Bool[Array, " B"],
     state: Float32[Array, "B W"] | None,
+    *,
+    together: Together = _as_they_are,
 ) -> tuple[UInt8[Array, " n"], Float32[Array, "B W"] | None]:
-    """The report of newly chosen tokens, before the first layer runs on them, and their state; while tracing."""
+    """The report of newly chosen tokens, before the first layer runs on them, and their state; while tracing.
+    `together` as for `look_from_layer`."""
     with jax.named_scope("look_ahead"):
         x, tokens = jax.lax.optimization_barrier((embedded, tokens))
         if spec.correction is not None and look.trained is not None and state is not None:
@@ -200,6 +218,7 @@ def look_from_token(
         odds = log_odds(choice, model.experts.top_k, jnp)
         if spec.correction is not None and look.trained is not None and state is not None:
             odds = correction.correct(spec.correction, look.trained.source, choice, state)
+        x, odds, active = together(x), together(odds), together(active)
         bins = to_bins(union(odds, active, jnp), jnp)
         diversity = token_diversity(x, active)
         return jnp.concatenate([_as_bytes(diversity[None]), jnp.pad(bins, ((1, 0), (0, 0))).reshape(-1)]), state

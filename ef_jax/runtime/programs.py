@@ -21,11 +21,9 @@ With an encoder a prompt is one pass through the encoder's layers, which ends by
 the decoder, `remember`. Decode steps run the decoder's layers.
 """
 
-import concurrent.futures
 import copy
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +36,7 @@ from ef_jax.memory.program_memory import program_memory
 from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.nn import QUERY_BLOCK, combine, layer_definition, merge_layer, merge_top, top_definition
 from ef_jax.runtime import pass_shapes, steps
+from ef_jax.runtime.executables import Compiled, ask_in_parallel, executable
 from ef_jax.runtime.expert_kernels import ExpertKernels
 from ef_jax.runtime.look_ahead import LookAheadSpec, absorb_chunk, look_from_layer, look_from_token, report_routes
 from ef_jax.runtime.low_precision import LowPrecision
@@ -47,14 +46,7 @@ from ef_jax.runtime.sampling import mark_seen, sample, sampling_arrays
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.spec import LayerSpec, ModelSpec
 
-Compiled = Callable[..., Any]
-
 LOGIT_ROWS = 16
-
-_EXECUTABLES: dict[tuple[Any, ...], jax.stages.Compiled] = {}
-"""What this process has compiled, as `jax.jit` would keep it: loading a model again compiles nothing."""
-
-_MOST_EXECUTABLES = 256
 
 
 class Programs(ProgramArguments):
@@ -114,7 +106,7 @@ class Programs(ProgramArguments):
         """Compile every program for every width and span."""
         widths = (1, *self.chunk_widths)
         passes = [program for width in widths for span in self.spans for program in self._pass(width, span)]
-        _in_parallel([*passes, self.there, *self._in_low(), self.end_step, self.head, self.join, self.logits])
+        ask_in_parallel([*passes, *self._of_misses(), self.end_step, self.head, self.join, self.logits])
 
     def compile_largest(self) -> None:
         """Compile the programs with the largest workspace: over the whole context, the chunks of most tokens and those
@@ -123,7 +115,7 @@ class Programs(ProgramArguments):
         by_tokens = max(self.chunk_widths, key=lambda width: (self.lanes(width) * width, width))
         by_queries = max(self.chunk_widths, key=lambda width: (self.lanes(width) * min(width, QUERY_BLOCK), width))
         passes = [program for width in {by_tokens, by_queries} for program in self._pass(width, span)]
-        _in_parallel([*passes, *self._in_low(), self.end_step, self.head, self.join, self.logits])
+        ask_in_parallel([*passes, *self._in_low(), self.end_step, self.head, self.join, self.logits])
 
     def compile_for(self, length: int, until: int) -> None:
         """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken."""
@@ -135,8 +127,8 @@ class Programs(ProgramArguments):
             if self.span(before + 1) <= span <= self.span(before + until - length):
                 wanted += self._pass(1, span)
         if until > length and self.pool_slots < self.spec.total_experts:
-            wanted += [self.there, *self._in_low()]
-        _in_parallel(wanted)
+            wanted += self._of_misses()
+        ask_in_parallel(wanted)
 
     def chunks(self, length: int) -> Iterator[tuple[int, int]]:
         """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
@@ -271,19 +263,19 @@ class Programs(ProgramArguments):
     def end_chunk(self, width: int) -> Compiled:
         """`(finish, carried, last, ends) -> x, last`: the residual stream after the last layer of a chunk.
 
-        `last` `[B, D]` (donated) takes at `ends[1, b]` the row `ends[0, b]` of each sequence b whose prompt ends in the
+        `last` `[B, D]` (donated) takes at `ends[b, 1]` the row `ends[b, 0]` of each sequence b whose prompt ends in the
         chunk; B and beyond: none.
         """
         kind = self.pass_kinds(width)[-1]
 
         def end_chunk(finish, carried, last, ends):  # type: ignore[no-untyped-def]
             x = self._leave(width, kind, finish, carried)
-            rows = jnp.take_along_axis(x, ends[0][:, None, None], axis=1)[:, 0]
-            return x, put(last, ends[1], rows)
+            rows = jnp.take_along_axis(x, ends[:, :1, None], axis=1)[:, 0]
+            return x, put(last, ends[:, 1], rows)
 
         def inputs() -> tuple[Any, ...]:
             last = self._float(self.batch, self.spec.hidden)
-            return (self._finish(kind), self._carried(width, kind), last, self._int(2, self.lanes(width)))
+            return (self._finish(kind), self._carried(width, kind), last, self._int(self.lanes(width), 2))
 
         return self._program(("end_chunk", width), end_chunk, inputs, donate=(2,))
 
@@ -338,10 +330,11 @@ class Programs(ProgramArguments):
             ahead = None
             if self.look_ahead is not None:
                 embedded, known = ends.embed_tokens(tokens), take(state, rows)
-                report, known = look_from_token(self.spec, self.look_ahead, look, embedded, tokens, active, known)
+                args = (look, embedded, tokens, active, known)
+                report, known = look_from_token(self.spec, self.look_ahead, *args, together=self._together)
                 ahead = report, put(state, rows, known)
             chosen = tokens[:, None]
-            return chosen, logprobs, mark_seen(seen, chosen, active[:, None], rows), ahead
+            return chosen, self._told(tokens, logprobs), mark_seen(seen, chosen, active[:, None], rows), ahead
 
         def inputs() -> tuple[Any, ...]:
             active = jax.ShapeDtypeStruct((self.batch,), np.bool_)
@@ -400,6 +393,10 @@ class Programs(ProgramArguments):
                 programs.append(functools.partial(self.absorb, width))
         return programs
 
+    def _of_misses(self) -> list[Callable[[], Compiled]]:
+        """What a decode step runs only where an expert is missing."""
+        return [self.there, *self._in_low()]
+
     def _in_low(self) -> list[Callable[[], Compiled]]:
         return [] if self.low_precision is None else [self.low]
 
@@ -439,7 +436,9 @@ class Programs(ProgramArguments):
             if self.look_ahead is None:
                 return entered, cache, (report_routes(entered), None) if self.weighed else None
             known = take(state, rows)
-            report, known = look_from_layer(self.spec, self.look_ahead, look, entered, known, weighed=self.weighed)
+            report, known = look_from_layer(
+                self.spec, self.look_ahead, look, entered, known, weighed=self.weighed, together=self._together
+            )
             return entered, cache, (report, put(state, rows, known))
         rows = steps.sort_rows(self.spec, entered)
         return (entered, rows, jnp.zeros_like(rows.rows)), cache, None
@@ -455,6 +454,14 @@ class Programs(ProgramArguments):
             routed, order, outputs = carried
             output = combine(outputs, order, steps.output_weights(self.spec, routed))
         return steps.finish_experts(self.spec, finish, routed, output)
+
+    def _told(self, tokens: jax.Array, logprobs: jax.Array) -> Any:
+        """What the head tells the host besides the tokens, which it reads too."""
+        return logprobs
+
+    def _together(self, of_sequences: jax.Array) -> jax.Array:
+        """What reports are made of, of all sequences of a step, from that of this device's, while tracing."""
+        return of_sequences
 
     def _top(self, leaves):  # type: ignore[no-untyped-def]
         return merge_top(top_definition(self.spec)[0], leaves)
@@ -472,18 +479,16 @@ class Programs(ProgramArguments):
             sizes = (self.batch, self.rows, self.context, pool_slots)
             choice = (self.lossy.adaptive_experts, self.lossy.cache_bias) if key[0] in ("begin", "between") else None
             weighed = self.weighed and key[:2] in (("begin", 1), ("between", 1))
-            place = (self.spec, self.kernels, *sizes, look_ahead, weighed, choice, self._sharding, key)
-            if place not in _EXECUTABLES:
-                jitted = jax.jit(function, donate_argnums=donate)
-                _EXECUTABLES[place] = jitted.lower(*inputs()).compile()
-                while len(_EXECUTABLES) > _MOST_EXECUTABLES:
-                    _EXECUTABLES.pop(next(iter(_EXECUTABLES)))
-            self._compiled[key] = _EXECUTABLES[place]
+            place = (self.spec, self.kernels, *sizes, look_ahead, weighed, choice, self._place, key)
+            self._compiled[key] = executable(place, lambda: self._compile(key, function, inputs(), donate))
         return self._compiled[key]
 
+    @property
+    def _place(self) -> Any:
+        """What else executables are known by: where they run."""
+        return self._sharding
 
-def _in_parallel(programs: Sequence[Callable[[], Compiled]]) -> None:
-    """Ask for programs on a few threads: XLA compiles without the GIL."""
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for future in [pool.submit(program) for program in programs]:
-            future.result()
+    def _compile(
+        self, key: tuple[Any, ...], function: Callable[..., Any], inputs: tuple[Any, ...], donate: tuple[int, ...]
+    ) -> jax.stages.Compiled:
+        return jax.jit(function, donate_argnums=donate).lower(*inputs).compile()

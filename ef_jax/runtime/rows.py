@@ -1,7 +1,7 @@
 """The sequences that an engine holds: what their layers remember, lengths, sampling."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ class Chunk(NamedTuple):
     Attributes:
       tokens, positions: int32 `[lanes, T]`; 0 and -1 where there is no token.
       rows: int32 `[lanes]`; R in lanes that are empty.
-      ends: int32 `[2, lanes]`, see `Programs.end_chunk`.
+      ends: int32 `[lanes, 2]`, see `Programs.end_chunk`.
     """
 
     tokens: Int32[np.ndarray, "lanes T"]
     positions: Int32[np.ndarray, "lanes T"]
     rows: Int32[np.ndarray, "lanes"]
-    ends: Int32[np.ndarray, "two lanes"]
+    ends: Int32[np.ndarray, "lanes two"]
 
 
 class Rows:
@@ -40,7 +40,7 @@ class Rows:
       rows: R.
       batch: B, sequences of a step.
       context: tokens a sequence.
-      device: where the arrays are.
+      sharding: where the arrays are.
 
     Attributes:
       caches: what each decoder layer's mixer remembers, device arrays (`cache_shapes`); programs donate and
@@ -53,8 +53,10 @@ class Rows:
       tokens: int32 `[R]`, the last of them, which no layer has run on yet.
     """
 
-    def __init__(self, spec: ModelSpec, *, rows: int, batch: int, context: int, device: jax.Device) -> None:
-        self.sharding = jax.sharding.SingleDeviceSharding(device)
+    def __init__(
+        self, spec: ModelSpec, *, rows: int, batch: int, context: int, sharding: jax.sharding.Sharding
+    ) -> None:
+        self.sharding = sharding
         self.count, self.batch = rows, batch
         self._spec, self._context = spec, context
         self.prompts: list[np.ndarray] = [np.zeros(0, np.int32)] * rows
@@ -77,6 +79,10 @@ class Rows:
     def lost(self) -> bool:
         """A program that failed has taken arrays with it."""
         return any(array.is_deleted() for array in (*jax.tree.leaves(self.caches), self.seen))
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays of a step's sequences on the device."""
+        return jax.device_put(tree, self.sharding)
 
     def join(self, row: int, prompt: Int32[np.ndarray, "T"], options: SamplingOptions, draw: int) -> None:
         """A new sequence takes a row; what the caches hold of the last one is overwritten as it runs."""
@@ -105,7 +111,7 @@ class Rows:
             of_place = [_NOBODY] * self.batch if key else list(self._options)
             for place, row in zip(self.places(rows), rows, strict=True):
                 of_place[place] = self._options[row]
-            self._sampling[key] = jax.device_put(sampling_arrays(of_place), self.sharding)
+            self._sampling[key] = self.put(sampling_arrays(of_place))
         return self._sampling[key]
 
     def chunk(self, width: int, lanes: int, parts: Sequence[tuple[int, int]], ends: Mapping[int, int]) -> Chunk:
@@ -119,14 +125,14 @@ class Rows:
         """
         tokens, positions = np.zeros((lanes, width), np.int32), np.full((lanes, width), -1, np.int32)
         index = np.full(lanes, self.count, np.int32)
-        last = np.array([[0] * lanes, [self.batch] * lanes], np.int32)
+        last = np.array([[0, self.batch]] * lanes, np.int32)
         for lane, (row, start) in enumerate(parts):
             part = self.prompts[row][start : start + width]
             tokens[lane, : len(part)] = part
             positions[lane, : len(part)] = np.arange(start, start + len(part))
             index[lane] = row
             if row in ends:
-                last[:, lane] = len(part) - 1, ends[row]
+                last[lane] = len(part) - 1, ends[row]
         return Chunk(tokens, positions, index, last)
 
 

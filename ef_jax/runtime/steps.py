@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ef_jax.memory.slot_pool import Slots
 from ef_jax.nn import (
-    combine,
     expert_order,
     keep_share,
     layer_definition,
     merge_finish,
     merge_layer,
+    unsorted,
     weighted_sum,
     within_capacity,
 )
@@ -112,10 +112,13 @@ def run_experts(
 
 def combine_step(spec: ModelSpec, routed: Routed, outputs: Float[Array, "M D"]) -> Float[Array, "B T D"]:
     """The weighted sum of each token's K outputs of `run_experts`."""
-    weights = output_weights(spec, routed)
-    if _single(routed):
-        return weighted_sum(outputs.reshape(*routed.ids.shape, -1), weights)
-    return combine(outputs, sort_rows(spec, routed).order, weights)
+    ordered = in_order(spec, routed, outputs).reshape(*routed.ids.shape, -1)
+    return weighted_sum(ordered, output_weights(spec, routed))
+
+
+def in_order(spec: ModelSpec, routed: Routed, outputs: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    """The outputs of `run_experts` in the order of the routed ids."""
+    return outputs if _single(routed) else unsorted(outputs, sort_rows(spec, routed).order)
 
 
 def _single(routed: Routed) -> bool:

@@ -129,14 +129,14 @@ def the_assembler_is_found() -> None:
 @pytest.fixture(autouse=True)
 def programs_are_lowered_for_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """What says so holds in one thread only."""
-    real = programs_module._in_parallel
+    real = programs_module.ask_in_parallel
 
     def lowered(program: Callable[[], Any]) -> Any:
         with aot.lowering_for_h100():
             return program()
 
     monkeypatch.setattr(
-        programs_module, "_in_parallel", lambda programs: real([functools.partial(lowered, one) for one in programs])
+        programs_module, "ask_in_parallel", lambda programs: real([functools.partial(lowered, one) for one in programs])
     )
 
 
