@@ -47,4 +47,5 @@ from ef_jax.nn.router import route as route
 from ef_jax.nn.router import router_logits as router_logits
 from ef_jax.nn.sorted_rows import combine as combine
 from ef_jax.nn.sorted_rows import expert_order as expert_order
+from ef_jax.nn.sorted_rows import unsorted as unsorted
 from ef_jax.nn.sorted_rows import weighted_sum as weighted_sum

@@ -21,8 +21,12 @@ def combine(
     outputs: Float[Array, "M D"], order: Int32[Array, " M"], weights: Float[Array, "*rows K"]
 ) -> Float[Array, "*rows D"]:
     """The weighted sum of each token's K expert outputs, given in sorted order."""
-    unsorted = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return weighted_sum(unsorted.reshape(*weights.shape, outputs.shape[-1]), weights)
+    return weighted_sum(unsorted(outputs, order).reshape(*weights.shape, outputs.shape[-1]), weights)
+
+
+def unsorted(outputs: Float[Array, "M D"], order: Int32[Array, " M"]) -> Float[Array, "M D"]:
+    """Rows, given in sorted order, in the order of the flat ids."""
+    return jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
 
 
 def weighted_sum(outputs: Float[Array, "*rows K D"], weights: Float[Array, "*rows K"]) -> Float[Array, "*rows D"]:
