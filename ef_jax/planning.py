@@ -19,7 +19,7 @@ from ef_jax.memory.plan import (
     make_plan,
 )
 from ef_jax.memory.sizes import parse_bytes
-from ef_jax.mesh.mesh_option import MeshSpec, check_divides_rows
+from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_rows
 from ef_jax.nn import dense_shapes
 from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.runtime.expert_kernels import ExpertKernels, choose_kernels

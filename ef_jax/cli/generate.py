@@ -84,4 +84,5 @@ def build_parser() -> console.Parser:
         help="also write what ran when, as JSON for Perfetto (ui.perfetto.dev); a file that exists is not overwritten",
     )
     add_run_options(parser)
+    common.add_mesh_options(parser)
     return parser

@@ -89,6 +89,7 @@ def load_run(options: argparse.Namespace, path: Path, prompts: list[Prompt]) -> 
             policy=options.policy,
             **common.prefetch_options(options),
             **common.lossy_options(options),
+            **(common.mesh_options(options) if "mesh" in options else {}),
             kernel=options.kernel,
             copy_mode=options.copy_mode,
             progress=None if chatty else False,

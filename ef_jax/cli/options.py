@@ -10,10 +10,12 @@ from typing import Any
 from ef_jax.errors import InputError
 from ef_jax.lossy import LossyOptions
 from ef_jax.memory.sizes import parse_bytes
+from ef_jax.mesh.mesh_spec import MeshSpec
 from ef_jax.spec import ModelSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
 COPY_MODES = ("async", "in_program")
+EXCHANGES = ("padded", "ragged")
 
 _LARGEST = 2**31 - 1
 
@@ -59,6 +61,43 @@ def add_memory_options(parser: argparse.ArgumentParser, *, batch: str) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="convert the weights on load (default: as stored)")
     group.add_argument("--kernel", metavar="NAME", help="what computes the experts (default: the best that runs here)")
     group.add_argument("--copy-mode", choices=COPY_MODES, help="how experts cross the link (default: the device's)")
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """The options of several devices."""
+    group = parser.add_argument_group("several devices")
+    group.add_argument(
+        "--mesh",
+        metavar="AXIS=N[,...]",
+        help="share the experts among N devices, expert=4; also data=N for further groups with all experts, and "
+        "tensor=N to divide the dense weights too. --device-memory is then each device's",
+    )
+    group.add_argument(
+        "--placement",
+        metavar="contiguous|FILE",
+        help="which device holds which experts: in order, or as ef-jax replay --save-placement wrote (default: in "
+        "order)",
+    )
+    group.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        help="how tokens reach the devices that hold their experts: whole blocks to all, or only rows that are needed, "
+        "on a GPU (default: the best that runs here)",
+    )
+
+
+def mesh_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_mesh_options` parsed, as `load` takes it; nothing on one device.
+
+    Raises:
+      InputError: options of a mesh without one.
+    """
+    given = {name: value for name in ("placement", "exchange") if (value := getattr(options, name)) is not None}
+    if options.mesh is None:
+        for name in given:
+            raise InputError(f"--{name} is for several devices: give --mesh too")
+        return {}
+    return {"mesh": MeshSpec.parse(options.mesh), **given}
 
 
 def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +212,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def memory_options(options: argparse.Namespace, *, batch: int) -> dict[str, Any]:
-    """What `add_memory_options` parsed, as `make_request` takes it; `batch` where none was given."""
+    """What `add_memory_options` parsed, as `make_request` takes it; `batch` where none was given, or as many more as a
+    mesh can share out."""
+    if (text := getattr(options, "mesh", None)) is not None:
+        shards = MeshSpec.parse(text).row_shards
+        batch = -(-batch // shards) * shards
     return {
         "device_memory": options.device_memory,
         "expert_fraction": options.expert_fraction,

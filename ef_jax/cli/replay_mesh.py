@@ -8,8 +8,9 @@ from ef_jax import console
 from ef_jax.cli import options as common
 from ef_jax.errors import InputError
 from ef_jax.memory.policies import POLICIES
-from ef_jax.mesh.mesh_option import MeshSpec
-from ef_jax.placement import PLACEMENTS, Placement, dispatch, place, request_scores, token_affinity
+from ef_jax.mesh.mesh_spec import MeshSpec
+from ef_jax.new_file import check_new_file
+from ef_jax.placement import PLACEMENTS, Placement, dispatch, place, request_scores, save_placement, token_affinity
 from ef_jax.replay.capacity import Capacity
 from ef_jax.replay.partitioned import PartitionedResult, PartitionedSettings, replay_partitioned
 from ef_jax.replay.trace import RoutingTrace
@@ -45,6 +46,12 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bytes of a token's row, hidden size times item size",
     )
+    group.add_argument(
+        "--save-placement",
+        metavar="FILE",
+        help="write the one placement that --placement names, for ef-jax generate --placement; a file that exists is "
+        "not overwritten",
+    )
     group.add_argument("--network", metavar="RATE[+LATENCY]", help="between devices, for example 50GB/s+5us")
 
 
@@ -71,6 +78,10 @@ def run_mesh(
     devices = _devices(options.mesh)
     names = list(dict.fromkeys(word.strip() for word in options.placement.split(",") if word.strip()))
     names = list(PLACEMENTS) if "all" in names else names
+    if options.save_placement is not None:
+        if len(names) != 1:
+            raise InputError("--save-placement writes one placement: name it with --placement, for example affine")
+        check_new_file(options.save_placement)
     policy = "lru" if options.policy == "all" else options.policy
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r:.60}: give one of {', '.join(POLICIES)} with --mesh")
@@ -102,6 +113,8 @@ def run_mesh(
     rows = []
     for name in names:
         placement = place(name, fitted, devices, replicas=options.replicas)
+        if options.save_placement is not None:
+            save_placement(placement, options.save_placement, model=trace.model)
         run = dispatch(counted, devices, batch=batch, scores=_scores(name, fitted, counted, placement))
         for setting in settings:
             with console.status(f"replaying {name} ...", shown=True):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ef_jax.memory.device_share import DeviceShare
-from ef_jax.mesh.mesh_option import MeshSpec
+from ef_jax.mesh.mesh_spec import MeshSpec
 from ef_jax.mesh.tensor import undivided
 from ef_jax.placement import Placement
 from ef_jax.spec import ModelSpec

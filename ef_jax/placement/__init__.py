@@ -7,5 +7,8 @@ from ef_jax.placement.dispatch import token_affinity as token_affinity
 from ef_jax.placement.exchange import Exchange as Exchange
 from ef_jax.placement.exchange import exchange as exchange
 from ef_jax.placement.placement import Placement as Placement
+from ef_jax.placement.placement_file import load_placement as load_placement
+from ef_jax.placement.placement_file import read_placement as read_placement
+from ef_jax.placement.placement_file import save_placement as save_placement
 from ef_jax.placement.solve import PLACEMENTS as PLACEMENTS
 from ef_jax.placement.solve import place as place

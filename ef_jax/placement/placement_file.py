@@ -21,6 +21,7 @@ import numpy as np
 from ef_jax.errors import InputError
 from ef_jax.new_file import new_file
 from ef_jax.placement.placement import Placement
+from ef_jax.placement.solve import PLACEMENTS
 from ef_jax.spec import ModelSpec
 
 FORMAT = "ef_jax placement"
@@ -71,6 +72,11 @@ def load_placement(option: str | os.PathLike[str] | Placement, spec: ModelSpec, 
     layers, experts = len(spec.moe_layers), spec.experts.count
     if option == _CONTIGUOUS:
         return Placement.contiguous(layers=layers, experts=experts, devices=owners)
+    if option in PLACEMENTS:
+        raise InputError(
+            f"placement {option!r} is made from recorded routing: give the file that ef-jax replay --mesh "
+            f"expert={owners} --placement {option} --save-placement writes"
+        )
     if isinstance(option, Placement):
         placement, named = option, "the placement"
     else:

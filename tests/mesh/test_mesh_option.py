@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from ef_jax.errors import InputError
-from ef_jax.mesh.mesh_option import MeshSpec, check_divides_model, check_divides_rows, layout_for
+from ef_jax.mesh.mesh_option import layout_for, mesh_spec
+from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_model, check_divides_rows
 from ef_jax.spec import ModelSpec
 from tests.schedule.tiny_store import SPEC
 
@@ -34,7 +35,7 @@ def with_experts(count: int) -> ModelSpec:
     ],
 )
 def test_options_are_read(option: Any, sizes: tuple[int, int, int]) -> None:
-    mesh = MeshSpec.parse(option)
+    mesh = mesh_spec(option)
     assert (mesh.data, mesh.expert, mesh.tensor) == sizes
     assert MeshSpec.parse(str(mesh)) == mesh
 
@@ -61,7 +62,7 @@ def test_options_are_read(option: Any, sizes: tuple[int, int, int]) -> None:
 )
 def test_other_options_are_refused(option: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        MeshSpec.parse(option)
+        mesh_spec(option)
 
 
 def test_a_layout_takes_the_first_devices() -> None:
@@ -92,7 +93,8 @@ def test_a_mesh_keeps_its_devices_in_the_order_of_its_axes() -> None:
         ("expert=3,tensor=2", 16, "cannot be shared by 3 x 2 (expert x tensor): on as many devices give"),
         ("expert=64", 8, "on as many devices give data=8,expert=8, on others expert=8"),
         ("expert=16", 16, "mesh expert=16 needs 16 devices and there are 8: give expert=8"),
-        ("data=16", 5, "mesh data=16 needs 16 devices and there are 8: give data=8"),
+        ("data=16", 5, "mesh data=16 needs 16 devices and there are 8: give data=8, or set JAX_NUM_CPU_DEVICES=16"),
+        ("tensor=4", 16, "tensor=4 does not divide the model"),
     ],
 )
 def test_a_mesh_that_does_not_fit_proposes_one_that_does(mesh: str, experts: int, message: str) -> None:

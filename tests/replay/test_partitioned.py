@@ -7,7 +7,7 @@ import pytest
 
 from ef_jax.cli import main
 from ef_jax.errors import InputError
-from ef_jax.placement import Placement, dispatch, place
+from ef_jax.placement import Placement, dispatch, place, read_placement
 from ef_jax.replay.partitioned import PartitionedSettings, replay_partitioned
 from ef_jax.replay.simulator import simulate
 from ef_jax.schedule.link_model import LinkModel
@@ -107,6 +107,10 @@ def test_the_command_compares_placements(tmp_path, capsys: pytest.CaptureFixture
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "placement"
     assert line.split()[0] == "affine"
+    saved = tmp_path / "affine.npz"
+    assert main([*words, "--placement", "affine", "--replicas", "1", "--save-placement", str(saved)]) == 0
+    placement = place("affine", made_up(sequences=8, block_bytes=1000).select(0, 4), 4, replicas=1)
+    assert (read_placement(saved).serves == placement.serves).all()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,8 @@ def test_the_command_compares_placements(tmp_path, capsys: pytest.CaptureFixture
         (["--mesh", "expert=4", "--fit", "4", "--network", "1GB/s"], "give row_bytes"),
         (["--mesh", "expert=4", "--fit", "4", "--placement", "best"], "placement 'best'"),
         (["--mesh", "expert=4", "--fit", "4", "--policy", "belady"], "policy 'belady'"),
+        (["--mesh", "expert=4", "--fit", "4", "--save-placement", "p.npz"], "writes one placement: name it"),
+        (["--mesh", "expert=4", "--fit", "4", "--placement", "affine", "--save-placement", "/"], "is a directory"),
     ],
 )
 def test_words_that_cannot_be(words: list[str], message: str, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
