@@ -21,12 +21,12 @@ def send(routed: Routed, serves: Int32[Array, "X E"]) -> Routed:
     (batch, tokens, k), hidden = routed.ids.shape, routed.h.shape[-1]
     sources, me, count = jax.lax.axis_size("expert"), jax.lax.axis_index("expert"), batch * tokens
     ids, weights = (part.reshape(sources, count, k) for part in gather([routed.ids, routed.weights]))
-    places = _places(ids, serves)
+    places = _along_expert(servers(ids, serves))
     outgoing = (places[me][None] == jnp.arange(sources)[:, None, None]).any(axis=-1)  # [X servers, B * T]
     here = places == me
     incoming = here.any(axis=-1)  # [X sources, B * T]
 
-    leaving = _true_first(outgoing.reshape(-1), count * min(k, sources), fill=0) % count
+    leaving = _true_first(outgoing.reshape(-1))[: count * min(k, sources)] % count
     rows = _exchange(
         routed.h.reshape(count, hidden)[leaving],
         jnp.zeros((sources * count, hidden), routed.h.dtype),
@@ -35,9 +35,9 @@ def send(routed: Routed, serves: Int32[Array, "X E"]) -> Routed:
         _sizes(incoming),
     )
     h = rows.reshape(sources * batch, tokens, hidden)
-    order = _fronts(incoming)
-    ids = _in_order(jnp.where(here, ids, -1), order, fill=-1)
-    weights = _in_order(weights, order, fill=0)
+    order = _true_first(incoming)[..., None]
+    ids = jnp.take_along_axis(jnp.where(here, ids, -1), order, axis=1)
+    weights = jnp.take_along_axis(weights, order, axis=1)
     return Routed(h, h, ids.reshape(-1, tokens, k), weights.reshape(-1, tokens, k))
 
 
@@ -48,12 +48,12 @@ def collect(outputs: UInt[Array, "R D"], routed: Routed, serves: Int32[Array, "X
     owners = servers(ids.reshape(sources, -1, k), serves)
     places = _along_expert(owners)
     here = places == me
-    served = _in_order(here, _fronts(here.any(axis=-1)), fill=False)  # of each of `outputs`
+    served = jnp.take_along_axis(here, _true_first(here.any(axis=-1))[..., None], axis=1)  # of each of `outputs`
     mine = places[me].reshape(-1)
     from_each = mine[None] == jnp.arange(sources)[:, None]  # [X servers, M]
 
     rows = _exchange(
-        outputs[_true_first(served.reshape(-1), len(outputs), fill=0)],
+        outputs[_true_first(served.reshape(-1))],
         jnp.zeros((len(mine), outputs.shape[-1]), outputs.dtype),
         _sizes(here.reshape(sources, -1)),
         _sizes(((places >= 0) & (places < me)).reshape(sources, -1)),
@@ -77,10 +77,6 @@ def _exchange(
     return jax.lax.ragged_all_to_all(rows, into, starts, sizes, places, arriving, axis_name="expert")
 
 
-def _places(ids: Int32[Array, "X n K"], serves: Int32[Array, "X E"]) -> Int32[Array, "X n K"]:
-    return _along_expert(servers(ids, serves))
-
-
 def _along_expert(owners: Int32[Array, "X n K"]) -> Int32[Array, "X n K"]:
     """Index along `expert` of servers with this device's index along `tensor`; -1 for others."""
     size = jax.lax.axis_size("tensor")
@@ -92,16 +88,6 @@ def _sizes(flags: Bool[Array, "X n"]) -> Int32[Array, " X"]:
     return flags.sum(axis=-1, dtype=jnp.int32)
 
 
-def _true_first(flags: Bool[Array, " n"], size: int, fill: int) -> Int32[Array, " m"]:
-    """Where the flags are true, in order, then `fill`."""
-    return jnp.nonzero(flags, size=size, fill_value=fill)[0]
-
-
-def _fronts(flags: Bool[Array, "X n"]) -> Int32[Array, "X n"]:
-    """For each source its tokens that are meant, in order, then n."""
-    count = flags.shape[-1]
-    return jax.vmap(lambda of_source: _true_first(of_source, count, fill=count))(flags)
-
-
-def _in_order(parts: Array, order: Int32[Array, "X n"], fill: int | bool) -> Array:
-    return jnp.take_along_axis(parts, order[..., None], axis=1, mode="fill", fill_value=fill)
+def _true_first(flags: Bool[Array, "*sources n"]) -> Int32[Array, "*sources n"]:
+    """Where the flags of the last axis are true, in order, then where not."""
+    return jnp.argsort(~flags, axis=-1, stable=True)
