@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from ef_jax.nn.exponential import invariant_exp
 from ef_jax.nn.linear import MIN_ROWS, Linear
-from ef_jax.nn.norm import l2_norm, make_norm
+from ef_jax.nn.norm import Norm, l2_norm, make_norm
 from ef_jax.nn.rope import apply_rope, rope_tables
+from ef_jax.nn.shares import join_shares, own_share
 from ef_jax.nn.sums import row_sum, tree_sum
 from ef_jax.spec import AttentionSpec, LayerSpec, ModelSpec
 from pallas_kernels import from_storage, storage_dtype, to_storage
@@ -188,21 +189,27 @@ def _attend_block(
 
 
 class Attention(nnx.Module):
-    """Fused projection to queries, keys and values, optional norms and clipping, rope, attention, output."""
+    """Fused projection to queries, keys and values, optional norms and clipping, rope, attention, output.
+
+    Of a device that shares the heads with others (`ModelSpec.tensor_shares`): its own heads, to the output; norms over
+    all heads have the weights of all.
+    """
 
     def __init__(self, spec: ModelSpec, attention: AttentionSpec, *, rope: bool, rngs: nnx.Rngs):
         dtype = jnp.dtype(spec.dtype)
         width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-        self.spec = attention
+        self.spec, self.shares = attention, spec.tensor_shares
         self.rope = rope
         self.eps = spec.norm_eps
         self.qkv_proj = Linear(spec.hidden, attention.qkv_width, bias=attention.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(width, spec.hidden, bias=attention.out_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(
+            width, spec.hidden, bias=attention.out_bias, dtype=dtype, rngs=rngs, shares=spec.tensor_shares
+        )
         self.sinks = nnx.Param(jnp.zeros((attention.heads,), dtype)) if attention.sinks else None
         if attention.qk_norm in ("head", "full"):
             per_head = attention.qk_norm == "head"
-            self.q_norm = make_norm(spec, attention.head_dim if per_head else width)
-            self.k_norm = make_norm(spec, attention.head_dim if per_head else kv_width)
+            self.q_norm = make_norm(spec, attention.head_dim if per_head else width * self.shares)
+            self.k_norm = make_norm(spec, attention.head_dim if per_head else kv_width * self.shares)
 
     def __call__(
         self,
@@ -243,13 +250,16 @@ class Attention(nnx.Module):
             query, gate = jnp.split(query.reshape(*x.shape[:2], spec.heads, -1), 2, axis=-1)
             query, gate = (part.reshape(*x.shape[:2], -1) for part in (query, gate))
         if spec.qk_norm == "full":
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._of_all_heads(self.q_norm, query), self._of_all_heads(self.k_norm, key)
         if spec.clip_qkv is not None:
             query, key, value = (jnp.clip(part, -spec.clip_qkv, spec.clip_qkv) for part in (query, key, value))
         query, key, value = (part.reshape(*x.shape[:2], -1, spec.head_dim) for part in (query, key, value))
         if spec.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         return query, gate, key, value
+
+    def _of_all_heads(self, norm: Norm, x: Float[Array, "B T w"]) -> Float[Array, "B T w"]:
+        return own_share(norm(join_shares(x, self.shares)), self.shares)
 
     def _place(self, x: Float[Array, "B T H hd"], positions: Int32[Array, "B T"]) -> Float[Array, "B T H hd"]:
         """Queries or keys with their positions in them."""

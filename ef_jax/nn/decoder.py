@@ -15,6 +15,7 @@ from ef_jax.nn.linear import Linear, along_last, matmul_f32, normal_param
 from ef_jax.nn.mixer import make_mixer, make_reader
 from ef_jax.nn.norm import make_norm
 from ef_jax.nn.router import Router
+from ef_jax.nn.shares import join_shares
 from ef_jax.spec import LayerSpec, ModelSpec
 
 
@@ -127,18 +128,21 @@ class DecoderLayer(nnx.Module):
 
 
 class TokenEnds(nnx.Module):
-    """Both ends of a decoder: token embedding, final norm and output head (absent where embeddings are tied)."""
+    """Both ends of a decoder: token embedding, final norm and output head (absent where embeddings are tied).
+
+    Of a device that shares the head with others (`ModelSpec.head_shares`): the head has its own part of the vocabulary.
+    """
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(spec.dtype)
-        self.embed_scale, self.logits_divisor = spec.embed_scale, spec.logits_divisor
+        self.embed_scale, self.logits_divisor, self.shares = spec.embed_scale, spec.logits_divisor, spec.head_shares
         self.embed = Embedding(spec, rngs=rngs)
         self.norm = make_norm(spec, spec.hidden)
         self.encoder_norm = make_norm(spec, spec.hidden) if spec.encodes else None
         self.head = (
             None
             if spec.tie_embeddings
-            else Linear(spec.hidden, spec.vocab, bias=spec.head_bias, dtype=dtype, rngs=rngs)
+            else Linear(spec.hidden, spec.vocab // self.shares, bias=spec.head_bias, dtype=dtype, rngs=rngs)
         )
 
     def embed_tokens(self, ids: Int32[Array, "*rows"]) -> Float[Array, "*rows D"]:
@@ -153,6 +157,7 @@ class TokenEnds(nnx.Module):
             logits = matmul_f32(self.norm(x), head.weight[...])
             if self.head is not None and self.head.bias is not None:
                 logits = logits + along_last(self.head.bias[...].astype(jnp.float32), logits)
+            logits = join_shares(logits, self.shares)
             return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
 

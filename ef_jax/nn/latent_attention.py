@@ -28,6 +28,8 @@ class LatentAttention(nnx.Module):
     instead, which then meets the latents themselves, and `v_up` to the sum of latents that comes out. So a step reads
     kv_rank + rope_dim elements a position, not heads x (nope_dim + rope_dim + value_dim). Long prompts pay for it with
     (2 kv_rank + 2 rope_dim) / (nope_dim + rope_dim + value_dim) times the multiplications of plain attention.
+
+    Of a device that shares the heads with others (`ModelSpec.tensor_shares`): its own heads, and all of the latents.
     """
 
     def __init__(self, spec: ModelSpec, attention: LatentAttentionSpec, *, rngs: nnx.Rngs):
@@ -39,8 +41,8 @@ class LatentAttention(nnx.Module):
         def norm(width: int) -> Norm:
             return Norm(width, kind="rms", eps=attention.norm_eps, dtype=dtype)
 
-        def linear(inputs: int, outputs: int, *, bias: bool = False) -> Linear:
-            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs)
+        def linear(inputs: int, outputs: int, *, bias: bool = False, shares: int = 1) -> Linear:
+            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs, shares=shares)
 
         if attention.query_rank is None:
             self.q_proj = linear(spec.hidden, query_width)
@@ -52,7 +54,8 @@ class LatentAttention(nnx.Module):
         self.kv_norm = norm(rank)
         self.k_up = normal_param((heads, attention.nope_dim, rank), dtype, rngs)
         self.v_up = normal_param((heads, attention.value_dim, rank), dtype, rngs)
-        self.o_proj = linear(heads * attention.value_dim, spec.hidden, bias=attention.bias)
+        width = heads * attention.value_dim
+        self.o_proj = linear(width, spec.hidden, bias=attention.bias, shares=spec.tensor_shares)
 
     def __call__(
         self,

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Shaped
 
+from ef_jax.nn.shares import sum_shares
+
 MIN_ROWS = 8
 """A lone 16-bit row is padded to this height: XLA's CPU matrix-vector product is 4 to 20 times slower."""
 
@@ -37,10 +39,14 @@ def product_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
 
 
 def linear(
-    x: Float[Array, "*rows I"], weight: Float[Array, "O I"], bias: Float[Array, " O"] | None = None
+    x: Float[Array, "*rows I"],
+    weight: Float[Array, "O I"],
+    bias: Float[Array, " O"] | None = None,
+    *,
+    shares: int = 1,
 ) -> Float[Array, "*rows O"]:
-    """`x @ weight.T + bias` in x's dtype, rounded once from float32."""
-    y = matmul_f32(x, weight)
+    """`x @ weight.T + bias` in x's dtype, rounded once from float32; `shares`: devices with a part of I each."""
+    y = sum_shares(matmul_f32(x, weight), shares)
     if bias is not None:
         y = y + along_last(bias.astype(jnp.float32), y)
     return y.astype(x.dtype)
@@ -52,14 +58,17 @@ def along_last(array: Shaped[Array, "*last"], like: Array) -> Shaped[Array, "*on
 
 
 class Linear(nnx.Module):
-    """`weight` [out, in] and, where asked, `bias` [out]."""
+    """`weight` [out, in] and, where asked, `bias` [out]; `shares`: devices with a part of the inputs each."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs, shares: int = 1
+    ):
+        self.shares = shares
         self.weight = normal_param((outputs, inputs), dtype, rngs)
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...], shares=self.shares)
 
 
 def normal_param(shape: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Param[Array]:

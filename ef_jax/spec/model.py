@@ -54,6 +54,8 @@ class ModelSpec:
       residual_scale: factor on what attention and the feed-forward part add to the residual stream.
       logits_divisor: the logits are divided by it.
       head_bias: the output head has a bias.
+      tensor_shares: devices that share the dense part. With more than one, the heads of `attention`, unless that is
+        relative, `dense_width` and the width of `shared` are those of one device; all else is the whole model's.
     """
 
     family: str
@@ -78,10 +80,12 @@ class ModelSpec:
     decoder_start: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    tensor_shares: int = 1
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "max_position", "embed_scale", "residual_scale", "logits_divisor"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.tensor_shares > 0, f"tensor_shares must be positive, got {self.tensor_shares}")
         require(bool(self.moe_layers), "the model has no MoE layer: there are no experts to keep in host memory")
         if any(layer.ffn == "dense" for layer in self.layers):
             require(
@@ -125,6 +129,11 @@ class ModelSpec:
             self.dtype != "float16",
             "a decoder with an encoder is not run in float16, whose range it was not trained for: use bfloat16",
         )
+
+    @property
+    def head_shares(self) -> int:
+        """Devices that share the vocabulary of the head: all of them, or one, which has it all."""
+        return 1 if self.tie_embeddings or self.vocab % self.tensor_shares else self.tensor_shares
 
     @property
     def encodes(self) -> bool:
