@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ef_jax import console
 from ef_jax.errors import InputError
@@ -28,7 +29,25 @@ _EPILOG = "commands (each has --help, --json and --debug):\n" + "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ef-jax`; the exit code is that of `console.run`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return console.run("ef-jax", lambda: _run(words), debug="--debug" in words, out_of_memory=_OUT_OF_MEMORY)
+    code = console.run("ef-jax", lambda: _run_among(words), debug="--debug" in words, out_of_memory=_OUT_OF_MEMORY)
+    if (processes := _processes()) is not None:
+        processes.leave(code)
+    return code
+
+
+def _run_among(words: list[str]) -> None:
+    """Run a command; what fails in it because another process is gone is not reported as its own."""
+    try:
+        _run(words)
+    except BaseException as error:
+        if (processes := _processes()) is not None:
+            processes.explain(error)
+        raise
+
+
+def _processes() -> Any:
+    """The module that joins processes, if a command has imported it."""
+    return sys.modules.get("ef_jax.mesh.processes")
 
 
 def _run(words: list[str]) -> None:

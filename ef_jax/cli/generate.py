@@ -7,6 +7,7 @@ from typing import Any
 import ef_jax
 from ef_jax import console
 from ef_jax.cli import options as common
+from ef_jax.cli.distributed import add_process_options, is_first, join
 from ef_jax.cli.model_run import ModelRun, add_run_options, load_run
 from ef_jax.cli.prompts import read_prompts
 from ef_jax.new_file import check_new_file
@@ -25,13 +26,15 @@ def run(words: Sequence[str]) -> None:
     prompts = read_prompts(options)
     if options.timeline is not None:
         check_new_file(options.timeline)
+    join(options, prompts)
     model_run = load_run(options, common.model_path(options.model), prompts)
     if options.timeline is None:
         results = _generate(model_run, options)
     else:
         with model_run.lm.timeline() as timeline:
             results = _generate(model_run, options)
-        timeline.save(options.timeline)
+        if is_first(options):
+            timeline.save(options.timeline)
     if options.json:
         print(console.json_line(_contents(model_run, results)))
     model_run.show_stats()
@@ -85,4 +88,5 @@ def build_parser() -> console.Parser:
     )
     add_run_options(parser)
     common.add_mesh_options(parser)
+    add_process_options(parser)
     return parser

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ef_jax
 from ef_jax import console
 from ef_jax.cli import options as common
+from ef_jax.cli.distributed import is_first
 from ef_jax.cli.prompts import Prompt, add_prompt_options, as_conversations
 from ef_jax.cli.sampling_options import add_sampling_options, sampling_options
 from ef_jax.memory.policies import POLICIES
@@ -73,7 +74,7 @@ def load_run(options: argparse.Namespace, path: Path, prompts: list[Prompt]) -> 
             prompts = as_conversations(prompts, options.system, checkpoint.tokenizer_dir, checkpoint.spec.vocab)
         if checkpoint.tokenizer_dir is None and any(isinstance(prompt, str) for prompt in prompts):
             require_tokenizer(None)
-    chatty = options.verbose or (sys.stderr.isatty() and not options.quiet)
+    chatty = is_first(options) and (options.verbose or (sys.stderr.isatty() and not options.quiet))
 
     def show_plan(plan: "ef_jax.MemoryPlan") -> None:
         clear()

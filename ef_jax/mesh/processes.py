@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +33,7 @@ _SHUTDOWN = 60  # seconds for JAX's own goodbye, after all have said ours
 
 _watch: Watch | None = None
 _exit_code = 0
+_why = "for a reason that it did not give"
 
 
 def join_processes(
@@ -107,6 +108,11 @@ def same_everywhere(values: Mapping[str, str | bytes]) -> None:
     # Imported here: it is slow to import, and one process does not need it.
     from jax.experimental.multihost_utils import process_allgather
 
+    if len(jax.devices()) != jax.process_count() * jax.local_device_count():
+        raise InputError(
+            f"{jax.process_count()} processes have {len(jax.devices())} devices in all, and process "
+            f"{jax.process_index()} has {jax.local_device_count()}: every process needs the same number"
+        )
     parts = [value.encode() if isinstance(value, str) else value for value in values.values()]
     digests = np.stack([np.frombuffer(hashlib.sha256(part).digest(), np.uint8) for part in parts])
     everywhere = process_allgather(digests)  # [processes, names, 32]
@@ -122,13 +128,17 @@ def same_everywhere(values: Mapping[str, str | bytes]) -> None:
 def explain(error: BaseException) -> None:
     """Give the watch the time to say that another process is gone, if this may be why something failed here.
 
-    It does not return if the watch finds that; else `error` is this process's own.
+    It does not return if the watch finds that; else `error` is this process's own, and is what `leave` tells the
+    others.
     """
-    if _watch is not None and isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(GRACE + 2)
+    global _why
+    if _watch is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(GRACE + 2)
+        _why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
-def leave(exit_code: int, why: str = "") -> None:
+def leave(exit_code: int) -> None:
     """Say goodbye for a process that ends with this exit code; does nothing where none were joined.
 
     A process that failed ends here and now: nobody will come to JAX's own goodbye.
@@ -136,23 +146,24 @@ def leave(exit_code: int, why: str = "") -> None:
     global _exit_code
     if _watch is not None and exit_code != 0:
         _exit_code = exit_code
-        _watch.leave(why or f"exit code {exit_code}")
+        _watch.leave(_why)
         _say_goodbye()
 
 
 def _check_unused() -> None:
     """JAX says whether it is in use only when this setting is about to change."""
-    before = jax.config.jax_num_cpu_devices
+    setting = "jax_num_cpu_devices"
+    before = getattr(jax.config, setting)
     try:
-        jax.config.update("jax_num_cpu_devices", 1 if before != 1 else 2)
+        jax.config.update(setting, 1 if before != 1 else 2)
     except RuntimeError:
         raise InputError("JAX is in use already: call join_processes before anything that asks for devices") from None
-    jax.config.update("jax_num_cpu_devices", before)
+    jax.config.update(setting, before)
 
 
 def _whereabouts(
     coordinator: str | None, processes: int | None, process_id: int | None, timeout: float
-) -> tuple[str, int, int, list[int] | None]:
+) -> tuple[str, int, int, Sequence[int] | None]:
     """Address, number of processes, this one's, and its devices if it has only some of its host's."""
     coordinator = coordinator or os.environ.get(COORDINATOR)
     processes = _from_environment(PROCESSES) if processes is None else processes
@@ -191,7 +202,7 @@ def _from_environment(variable: str) -> int | None:
 
 def _ask_launcher(
     coordinator: str | None, processes: int | None, process_id: int | None, timeout: float
-) -> tuple[str | None, int | None, int | None, list[int] | None]:
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
     """What `jax.distributed.initialize` would find out; it has no public name of its own."""
     try:
         from jax._src.clusters import ClusterEnv
@@ -215,10 +226,9 @@ def _end_well() -> None:
         global _exit_code
         explain(error)
         report(kind, error, trace)
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        _exit_code = 130 if interrupted else 1
+        _exit_code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         assert _watch is not None
-        _watch.leave("interrupted" if interrupted else f"{kind.__name__}: {error}")
+        _watch.leave(_why)
 
     sys.excepthook = hook
     # The last registered runs first: before JAX's own, which waits for all processes.

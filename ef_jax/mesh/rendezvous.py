@@ -93,7 +93,7 @@ class _First:
     def meet(self) -> tuple[Watch, str]:
         party = self.party
         server = _listen(party)
-        start(lambda: self._accept(server))
+        start(self._accept, server)
         deadline = time.monotonic() + party.timeout
         with self.changed:
             while len(self.hosts) < party.processes:
@@ -127,7 +127,7 @@ class _First:
                 connection, _ = server.accept()
             except OSError:
                 return
-            start(lambda connection=connection: self._answer(Wire(connection, patience=_HELLO)))
+            start(self._answer, Wire(connection, patience=_HELLO))
 
     def _answer(self, wire: Wire) -> None:
         try:
@@ -151,9 +151,9 @@ class _First:
     def _admit(self, hello: dict[str, Any], wire: Wire) -> str | None:
         """Take a process in, or say why not."""
         party = self.party
-        process, processes, host, versions = (hello.get(name) for name in ("process", "processes", "host", "versions"))
-        known = isinstance(process, int) and isinstance(processes, int) and isinstance(host, str)
-        if not known or not isinstance(versions, dict):
+        process, processes, host = hello.get("process"), hello.get("processes"), hello.get("host")
+        versions = hello.get("versions")
+        if not (isinstance(process, int) and isinstance(host, str) and isinstance(versions, dict)):
             return "this is no hello"
         with self.changed:
             if processes != party.processes:
@@ -161,7 +161,7 @@ class _First:
                 refusal += f"{party.processes}"
             elif versions != party.versions:
                 refusal = f"process {process} on {host} has {_words(versions)}, process 0 has {_words(party.versions)}"
-            elif not 0 < process < processes or process in self.hosts:
+            elif not 0 < process < party.processes or process in self.hosts:
                 refusal = f"there is a process {process} of {processes} already, on {self.hosts.get(process, host)}"
             else:
                 self.wires[process], self.hosts[process] = wire, host

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 _LOOPBACK = "127.0.0.1"
 
@@ -32,7 +33,7 @@ def open_tunnel(connect: Callable[[], socket.socket], *, may_close: Callable[[],
             onward = connect()
         except OSError:
             return  # the client's connection stays open
-        start(lambda: _pump(client, onward))
+        start(_pump, client, onward)
         _pump(onward, client, may_close=may_close)
 
     def accept() -> None:
@@ -40,7 +41,7 @@ def open_tunnel(connect: Callable[[], socket.socket], *, may_close: Callable[[],
         while True:
             client, _ = server.accept()
             held.append(client)  # one that nobody refers to would be closed
-            start(lambda client=client: carry(client))
+            start(carry, client)
 
     start(accept)
     return f"{_LOOPBACK}:{server.getsockname()[1]}"
@@ -69,7 +70,7 @@ def end_tunnel(connection: socket.socket, first: bytes, address: str, *, seconds
     connection.settimeout(None)
     with contextlib.suppress(OSError):
         service.sendall(first)
-    start(lambda: _pump(service, connection))
+    start(_pump, service, connection)
     _pump(connection, service)
 
 
@@ -79,9 +80,9 @@ def free_address() -> str:
         return f"{_LOOPBACK}:{server.getsockname()[1]}"
 
 
-def start(run: Callable[[], None]) -> None:
+def start(run: Callable[..., None], *arguments: Any) -> None:
     """Run a function on a thread that does not keep the process alive."""
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, args=arguments, daemon=True).start()
 
 
 def _pump(source: socket.socket, sink: socket.socket, *, may_close: Callable[[], bool] = lambda: True) -> None:
@@ -91,4 +92,4 @@ def _pump(source: socket.socket, sink: socket.socket, *, may_close: Callable[[],
             sink.sendall(part)
     if may_close():
         with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
+            sink.shutdown(socket.SHUT_RDWR)

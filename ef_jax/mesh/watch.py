@@ -50,7 +50,7 @@ class Watch:
         """Watch the processes at the other ends."""
         self._wires = wires
         for process in wires:
-            start(lambda process=process: self._listen(process))
+            start(self._listen, process)
         start(self._beat)
 
     def leave(self, failure: str | None) -> None:
