@@ -314,11 +314,13 @@ def make_plan(
     assert budget is not None
     if resident and plan(held, 0, budget).total <= budget:
         return plan(held, 0, budget)
-    least = plan(0, least_staging, budget)
-    if least.total > budget:
+    least = plan(0, least_staging, budget).total
+    if least > budget:
+        if resident:  # a step may need all of them
+            least = min(least, plan(held, 0, budget).total)
         raise BudgetError(
-            f"a device budget of {format_bytes(budget)} is too small: this model needs at least {least.total} bytes "
-            f"({_round_up(least.total)}) at batch {request.batch}, context {request.context}, chunk {request.chunk}"
+            f"a device budget of {format_bytes(budget)} is too small: this model needs at least {least} bytes "
+            f"({_round_up(least)}) at batch {request.batch}, context {request.context}, chunk {request.chunk}"
         )
     staging_slots = full_staging if plan(0, full_staging, budget).total <= 0.9 * budget else least_staging
     base = plan(0, staging_slots, budget)

@@ -53,16 +53,15 @@ def device_share(
 
 
 def exchange_bytes(mesh: MeshSpec, spec: ModelSpec, tokens: int) -> int:
-    """Device bytes of exchanging a layer's rows, were all there at once: what arrives, that sorted by expert, what is
-    computed of it, and what comes back from every owner.
+    """Device bytes of exchanging a layer's rows, were all there at once: what arrives; that sorted by expert and room
+    for the outputs, of one program and of the one before it; the outputs as they are sent back; and what comes from
+    every owner.
 
     Args:
       mesh: the devices.
       spec: the model.
       tokens: of a pass, on one device.
     """
-    row = spec.hidden * spec.itemsize
-    chosen = tokens * spec.experts.top_k
+    row, chosen = spec.hidden * spec.itemsize, tokens * spec.experts.top_k
     arrived = mesh.expert * (tokens * row + chosen * 8)
-    computed = 2 * mesh.expert * chosen * (row + 4)
-    return arrived + computed + 2 * mesh.owners * chosen * row
+    return arrived + (6 * mesh.expert + mesh.owners) * chosen * row

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory.device_share import DeviceShare
 from ef_jax.memory.plan import FixedBytes, MemoryRequest, check_host_pool, make_plan
 from ef_jax.memory.sizes import format_bytes, parse_bytes
 from ef_jax.runtime.expert_kernels import ExpertKernels
@@ -172,3 +173,97 @@ def test_kernels_say_which_pools_they_can_read() -> None:
         True,
     ]
     assert ExpertKernels(decode="xla", prompt="xla", target=target).take(spec, 200)
+
+
+def share_of(**changes: object) -> DeviceShare:
+    """Four devices, each with a quarter of SPEC's experts, in two processes."""
+    share = DeviceShare(
+        mesh="expert=4",
+        placement="contiguous",
+        devices=4,
+        local_devices=2,
+        row_shards=4,
+        sources=4,
+        held=16,
+        most_in_layer=4,
+        host_blocks=32,
+    )
+    return dataclasses.replace(share, **changes)
+
+
+@given(budget=st.integers(1, 2_000_000), batch=st.integers(1, 9), held=st.integers(4, 64), rings=st.integers(0, 2))
+def test_a_device_of_a_mesh_keeps_to_its_budget_and_its_experts(budget, batch, held, rings):
+    fixed = dataclasses.replace(FIXED, dense=100_000, transfer_blocks=4 * rings, transfer_rings=rings)
+    share = share_of(held=held, most_in_layer=min(16, held))
+    request = MemoryRequest(device_memory=budget, batch=4 * batch)
+    try:
+        plan = make_plan(SPEC, request, fixed, share=share)
+    except BudgetError as error:
+        least = int(str(error).split("needs at least ")[1].split()[0])
+        assert least > budget
+        plan = make_plan(SPEC, dataclasses.replace(request, device_memory=least), fixed, share=share)
+        assert plan.slots in (0, held)
+        with pytest.raises(BudgetError):
+            make_plan(SPEC, dataclasses.replace(request, device_memory=least - 1), fixed, share=share)
+    assert plan.total <= plan.budget
+    assert plan.slots <= plan.experts == held
+    a_step = min(share.most_in_layer, 8 * batch)
+    assert plan.slots == held or a_step <= plan.staging_slots <= share.most_in_layer
+    assert plan.token_cycle == 4 * a_step
+
+
+def test_a_share_of_everything_changes_no_figure():
+    everything = share_of(
+        devices=1, local_devices=1, row_shards=1, sources=1, held=64, most_in_layer=16, host_blocks=64
+    )
+    for options in ({"device_memory": 2_000_000}, {"expert_fraction": 0.25, "batch": 3}, {"expert_fraction": 1.0}):
+        request = MemoryRequest(**options, host_memory=60 * SPEC.block_bytes)
+        alone = make_plan(SPEC, request, FIXED)
+        assert alone.share is None
+        assert alone.host is not None
+        assert dataclasses.replace(make_plan(SPEC, request, FIXED, share=everything), share=None) == alone
+
+
+def test_fractions_are_of_the_experts_that_a_device_holds():
+    replicas = share_of(held=20, most_in_layer=5, host_blocks=40)
+    for share, fraction, slots in ((share_of(), 0.5, 8), (share_of(), 1.0, 16), (replicas, 0.5, 10)):
+        plan = make_plan(SPEC, MemoryRequest(expert_fraction=fraction, batch=4), FIXED, share=share)
+        assert plan.slots == slots
+        assert plan.staging_slots == (0 if fraction == 1 else share.most_in_layer)
+        assert plan.host_bytes == share.host_blocks * SPEC.block_bytes
+    assert share_of().experts_a_step(SPEC, 4) == 4  # four tokens, two experts each, of the four held
+    assert share_of(most_in_layer=16).experts_a_step(SPEC, 4) == 8
+    assert share_of(most_in_layer=16, sources=2).experts_a_step(SPEC, 4) == 4  # two groups
+
+
+def test_the_plan_says_of_what_it_is_one():
+    request = MemoryRequest(expert_fraction=0.5, batch=4, rows=8, context=64)
+    plan = make_plan(SPEC, request, FIXED, share=share_of(whole=("latent attention",), estimated=True))
+    lines = str(plan).splitlines()
+    assert lines[0].endswith("on each of 4 devices (expert=4, experts placed contiguous)")
+    assert "whole on each device: latent attention" in str(plan)
+    assert "2 sequences x 64 tokens, of 8 in all" in str(plan)
+    assert "8 of 16 expert blocks" in str(plan)
+    assert "pinned, 32 expert blocks, of 2 devices of this process" in str(plan)
+    assert "the workspace is an estimate" in lines[-1]
+    contents = plan.as_dict()
+    assert (contents["batch"], contents["rows"], contents["experts"]) == (4, 8, 16)
+    assert contents["share"]["devices"] == 4
+    assert contents["share"]["mesh"] == "expert=4"
+    assert len(contents["warnings"]) == 1 + (plan.slots < plan.token_cycle)
+
+
+def test_host_memory_is_shared_by_the_devices_of_a_process():
+    share = share_of(held=64, most_in_layer=16, host_blocks=128)
+    request = MemoryRequest(expert_fraction=0.25, batch=4, host_memory=120 * SPEC.block_bytes)
+    plan = make_plan(SPEC, request, FIXED, share=share)
+    assert plan.host is not None
+    assert 0 < plan.host.places < 64
+    assert 2 * plan.host.nbytes == plan.host_bytes <= 120 * SPEC.block_bytes
+    assert plan.disk_bytes == 2 * (64 - plan.host.places) * SPEC.block_bytes
+    enough = dataclasses.replace(request, host_memory=128 * SPEC.block_bytes)
+    assert make_plan(SPEC, enough, FIXED, share=share).host is None
+    with pytest.raises(BudgetError, match=r"host_memory .* too small: this model needs at least") as error:
+        make_plan(SPEC, dataclasses.replace(request, host_memory=1000), FIXED, share=share)
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    assert make_plan(SPEC, dataclasses.replace(request, host_memory=least), FIXED, share=share).host is not None
