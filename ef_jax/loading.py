@@ -18,10 +18,14 @@ from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.memory.slot_pool import MAX_INSERT
+from ef_jax.mesh.exchange import choose_transport
+from ef_jax.mesh.load import MeshRun, check_options, load_on_mesh
+from ef_jax.mesh.mesh_option import MeshOption, layout_for, mesh_that_is_set
 from ef_jax.nn import settle_rope
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.nn.routing_path import RoutingPathSpec
 from ef_jax.paging import check_host_memory, check_paging, make_tier
+from ef_jax.placement import Placement, load_placement
 from ef_jax.planning import make_request, plan_model
 from ef_jax.predict import History, Predictor, Pregate
 from ef_jax.predict.fingerprint import model_fingerprint
@@ -69,10 +73,13 @@ def load(
     expert_fraction: float | None = None,
     host_memory: str | int | None = None,
     disk_checksums: str = "first",
-    batch: int = 1,
+    batch: int | None = None,
     sequences: int | None = None,
     context: int | None = None,
     chunk: int = 256,
+    mesh: MeshOption | None = None,
+    placement: str | Path | Placement = "contiguous",
+    exchange: str | None = None,
     policy: str = "lru",
     prefetch: int | str = "auto",
     predictor: str | Path | None = None,
@@ -107,12 +114,23 @@ def load(
         experts are in host memory.
       disk_checksums: when a block that is read from a converted checkpoint is compared with its checksum: "first" at
         its first read and whenever its file has changed, "always", or "never".
-      batch: sequences that run together. A prompt's result does not depend on its company.
+      batch: sequences that run together. A prompt's result does not depend on its company. None: 1, or with a mesh one
+        for each device of its `data` and `expert` axes, which have to divide it.
       sequences: sequences that are held at once, each with keys and values of its own; None: `batch`. With more, the
         token scheduler forms batches of sequences that are likely to use the same experts.
       context: tokens a sequence, prompt and output; None: the model's own, 4,096 at most. It also chooses the
         factors of a longrope, once for all sequences, see `ef_jax.nn.settle_rope`.
       chunk: tokens a sequence that one prefill pass takes. An encoder takes prompts whole.
+      mesh: devices to run on, for example `"expert=4"` or `"data=2,expert=4"`, a mapping, or a `jax.sharding.Mesh`.
+        `expert` divides the experts, each device with slots, a link and host memory for its own; `expert` and `data`
+        divide the sequences, and `data` is groups that each have all experts; `tensor` divides the dense weights, and
+        the experts once more. `device_memory` and `expert_fraction` are then each device's. Results are those of one
+        device with as many sequences as each of the mesh has; `tensor` adds up in another order. None: the mesh of
+        `jax.set_mesh`, if one is set and has one of these axes; else one device.
+      placement: which device of a group holds which expert: "contiguous", or the file of a placement that
+        `ef-jax replay --mesh` has made.
+      exchange: how tokens go to the devices of their experts, "ragged" or "padded"; None: the first where the platform
+        has it. It changes no result.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
       prefetch: how far ahead experts are fetched that are likely to be used: "auto" lets a controller decide layer by
         layer from what it measures, a number is a fixed horizon in layers, "off" fetches what is needed when it is.
@@ -160,7 +178,7 @@ def load(
         low_precision_miss=lossy_low_precision_miss,
         quantize=lossy_quantize,
     )
-    device = device or jax.devices()[0]
+    mesh = mesh or mesh_that_is_set()
     with open_checkpoint(bundled_model() if path is None else path, dtype) as stored:
         checkpoint = stored if lossy.quantize is None else QuantizedCheckpoint(stored, lossy.quantize)
         spec = checkpoint.spec
@@ -168,9 +186,14 @@ def load(
         lossy = dataclasses.replace(lossy, quantize=spec.rounded_to)
         if policy not in POLICIES:
             raise InputError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
+        layout = None if mesh is None else layout_for(mesh, spec)
+        if layout is not None and device is not None:
+            raise InputError("device and mesh were both given: give one of them")
+        device = device or (jax.devices()[0] if layout is None else layout.devices[layout.local[0]])
         request = make_request(
             spec, device, device_memory=device_memory, expert_fraction=expert_fraction, host_memory=host_memory,
-            batch=batch, sequences=sequences, context=context, chunk=chunk,
+            batch=batch or (1 if layout is None else layout.row_shards), sequences=sequences, context=context,
+            chunk=chunk,
         )  # fmt: skip
         checksums = check_checksums(disk_checksums)
         pages = request.host_memory is not None and request.host_memory < spec.total_experts * spec.block_bytes
@@ -197,6 +220,31 @@ def load(
         kernels = choose_kernels(spec, device, kernel)
         tokenizer = Tokenizer.load(checkpoint.tokenizer_dir, spec.vocab) if checkpoint.tokenizer_dir else None
         look = _look_ahead_spec(spec, settled)
+        if layout is not None:
+            options = {"host_memory": host_memory, "sequences": sequences}
+            options |= {"miss": None if miss == "fetch" else miss, "order": None if order == "auto" else order}
+            check_options(spec, settled, lossy, **options)
+            run = MeshRun(
+                layout=layout,
+                placement=load_placement(placement, spec, layout.owners),
+                placed=placement if isinstance(placement, str) else "as given",
+                transport=choose_transport(layout.devices, exchange),
+                request=request,
+                kernels=kernels,
+                settled=settled,
+                look=look,
+                policy=policy,
+                candidates=candidates,
+                most_wasted=most_wasted,
+                lossy=lossy,
+                mode=mode,
+                emulated=emulated,
+                predictor=lambda: _predictor(spec, settled, look),
+            )
+            return load_on_mesh(checkpoint, spec, run, tokenizer, progress=progress, on_plan=on_plan)
+        for name, value in (("placement", placement != "contiguous"), ("exchange", exchange is not None)):
+            if value:
+                raise InputError(f"{name} is of several devices: give a mesh, or leave it out")
         prefetches = settled.prefetch != "off"
         paths = None if settled.routing_path is None else read_predictor_manifest(settled.routing_path, RoutingPathSpec)
         plan, programs = plan_model(

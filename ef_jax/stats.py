@@ -123,6 +123,7 @@ class Stats:
     miss: dict[str, Any] | None = None
     disk: DiskStats | None = None
     lossy: dict[str, Any] | None = None
+    devices: "list[Stats] | None" = None
 
     @classmethod
     def empty(
@@ -146,6 +147,20 @@ class Stats:
         self.horizon = self.recall = self.miss = None
         if self.disk is not None:
             self.disk.reset()
+        for device in self.devices or ():
+            device.reset()
+
+    def add_devices(self) -> None:
+        """Take the counts of blocks, bytes and stalls from `devices`: their sums. Their stalls come one after another,
+        in the time of the process that serves them all. Reports are those of the first."""
+        for name in ("prefill", "decode"):
+            own, theirs = getattr(self, name), [getattr(device, name) for device in self.devices or ()]
+            for count in ("hits", "late_hits", "misses"):
+                setattr(own, count, [sum(of_layer) for of_layer in zip(*(getattr(one, count) for one in theirs))])
+            for count in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds"):
+                setattr(own, count, sum(getattr(one, count) for one in theirs))
+        for device in (self.devices or ())[:1]:
+            self.horizon, self.recall = device.horizon or self.horizon, device.recall
 
     @property
     def tokens_per_second(self) -> float:
@@ -189,8 +204,19 @@ class Stats:
             "miss": self.miss,
             "disk": None if self.disk is None else dataclasses.asdict(self.disk),
             "lossy": self.lossy,
+            "devices": None if self.devices is None else [device.of_device() for device in self.devices],
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
+        }
+
+    def of_device(self) -> dict[str, Any]:
+        """Of one of several devices, plain JSON types: its blocks, bytes over its link and stalls, of both phases."""
+        phases = (self.prefill, self.decode)
+        sums = {name: sum(sum(getattr(phase, name)) for phase in phases) for name in ("hits", "late_hits", "misses")}
+        return {
+            **sums,
+            "bytes_moved": sum(phase.bytes_moved for phase in phases),
+            "stall_seconds": sum(phase.stall_seconds for phase in phases),
         }
 
     def table(self) -> str:
@@ -229,6 +255,9 @@ class Stats:
             f"{self.slots} cache slots + {self.staging_slots} staging for {self.experts} experts; "
             f"peak device bytes {self.peak_device_bytes / 1e6:.1f} MB"
         )
+        if self.devices is not None:
+            moved_by = ", ".join(f"{device.of_device()['bytes_moved'] / 1e6:.1f}" for device in self.devices)
+            lines.append(f"MB moved by {len(self.devices)} devices: {moved_by}")
         if computed := sum(ahead.computed):
             lines.append(f"{computed} of the misses were computed on the host, in place")
         if skipped := sum(ahead.skipped):

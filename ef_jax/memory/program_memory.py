@@ -18,9 +18,24 @@ def program_memory(compiled: jax.stages.Compiled) -> Any:
 
 
 def live_bytes(device: jax.Device) -> int:
-    """Bytes of the arrays in the device memory of `device`."""
-    return sum(
-        array.nbytes
-        for array in jax.live_arrays()
-        if array.sharding.memory_kind == "device" and device in array.sharding.device_set
-    )
+    """Bytes of the arrays in the device memory of `device`, each buffer once: arrays of several devices share theirs
+    with those of one that they were made of."""
+    sizes: dict[object, int] = {}
+    for array in jax.live_arrays():
+        if array.sharding.memory_kind != "device" or device not in array.sharding.device_set:
+            continue
+        if len(array.sharding.device_set) == 1:
+            sizes[_buffer(array)] = array.nbytes
+            continue
+        for shard in array.addressable_shards:
+            if shard.device == device:
+                sizes[_buffer(shard.data)] = shard.data.nbytes
+    return sum(sizes.values())
+
+
+def _buffer(array: jax.Array) -> object:
+    """What tells one buffer from another."""
+    try:
+        return array.unsafe_buffer_pointer()
+    except (RuntimeError, ValueError):
+        return id(array)  # an empty array or one that is being taken has none

@@ -9,6 +9,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,6 +99,12 @@ class MeshLayout:
     def everywhere(self) -> NamedSharding:
         """Arrays that every device has whole."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def put(self, tree: Any, sharding: NamedSharding) -> Any:
+        """Host arrays, the same in every process, as global ones; nothing is asked of other processes."""
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), tree
+        )
 
     @classmethod
     def of(cls, devices: list[jax.Device], *, data: int = 1, expert: int = 1, tensor: int = 1) -> "MeshLayout":

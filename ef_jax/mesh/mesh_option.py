@@ -30,6 +30,12 @@ def mesh_spec(option: MeshOption) -> MeshSpec:
     return MeshSpec.parse(dict(option.shape) if isinstance(option, Mesh) else option)
 
 
+def mesh_that_is_set() -> Mesh | None:
+    """The mesh of `jax.set_mesh`, if it has an axis that is ours; None: there is none."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty or not set(mesh.axis_names) & set(AXES) else mesh
+
+
 def layout_for(mesh: MeshOption, spec: ModelSpec, devices: Sequence[jax.Device] | None = None) -> MeshLayout:
     """How a model lies on a mesh.
 

@@ -23,12 +23,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.mesh.exchange import Transport, collect, send
 from ef_jax.mesh.layout import AXES, ROW_AXES, MeshLayout
+from ef_jax.mesh.tensor import DenseShares
 from ef_jax.nn import cache_shapes, unsorted, weighted_sum
 from ef_jax.runtime import steps
 from ef_jax.runtime.executables import Compiled
 from ef_jax.runtime.look_ahead import look_shapes, report_ids
 from ef_jax.runtime.programs import LOGIT_ROWS, Programs
-from ef_jax.spec import LayerSpec, ModelSpec
+from ef_jax.spec import LayerSpec
 
 
 class _Given(jax.ShapeDtypeStruct):
@@ -41,11 +42,12 @@ class _Given(jax.ShapeDtypeStruct):
 
 
 class MeshPrograms(Programs):
-    """Executables of an engine on a mesh. Sizes are one device's: `batch` sequences, `pool_slots` slots."""
+    """Executables of an engine on a mesh. `shares` is the model as a device has it, and sizes are one device's: `batch`
+    sequences, `pool_slots` slots."""
 
-    def __init__(self, spec: ModelSpec, *, layout: MeshLayout, transport: Transport, **sizes: Any) -> None:
-        super().__init__(spec, sharding=layout.rows, **sizes)
-        self.layout, self.transport = layout, transport
+    def __init__(self, shares: DenseShares, *, layout: MeshLayout, transport: Transport, **sizes: Any) -> None:
+        super().__init__(shares.spec, sharding=layout.rows, **sizes)
+        self.layout, self.transport, self._shares = layout, transport, shares
 
     def wave_of(self, width: int, number: int) -> Compiled:
         """`wave`, on one of this process's devices."""
@@ -197,8 +199,9 @@ class MeshPrograms(Programs):
     # The shapes and places of arguments: one device's shapes, and how the devices share the global array.
 
     def _dense(self, name: str) -> jax.ShapeDtypeStruct:
-        shape = super()._dense(name)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.layout.everywhere)
+        shape = self._shares.shapes[name]
+        sharding = NamedSharding(self.layout.mesh, self._shares.partition(name))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     def _pool(self) -> Any:
         return pool_shapes(self.spec.block_format, self.pool_slots, self.layout.each)

@@ -121,10 +121,17 @@ class Lookout:
 
     def report(self, batch: int) -> Report | None:
         """What the last layer's program said of a step of `batch` places; waits for it. None: nothing."""
-        if self._report is None:
-            return None
-        report = read_report(self._spec, self._report, batch, weighed=self._weighed)
-        return report.without_dropped(self._spec.experts.count) if self._drops else report
+        return None if self._report is None else self.read(self._report, batch)
+
+    @property
+    def last(self) -> jax.Array | None:
+        """What `report` reads, for `read`; None: nothing."""
+        return self._report
+
+    def read(self, report: jax.Array, batch: int) -> Report:
+        """A report that `last` has given, of a step of `batch` places; waits for it."""
+        read = read_report(self._spec, report, batch, weighed=self._weighed)
+        return read.without_dropped(self._spec.experts.count) if self._drops else read
 
     def token_report(self, rows: list[int]) -> Report | None:
         """What the head said of the latest tokens of exactly these rows, in this order."""

@@ -1,0 +1,221 @@
+"""From a checkpoint and a layout to a running model on several devices."""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ef_jax.errors import InputError, UnsupportedError
+from ef_jax.lossy import LossyOptions
+from ef_jax.memory.host_store import HostStore
+from ef_jax.memory.plan import MemoryPlan, MemoryRequest, check_host_pool
+from ef_jax.memory.policies import make_policy
+from ef_jax.memory.residency import Residency
+from ef_jax.memory.slot_pool import MAX_INSERT
+from ef_jax.mesh.engine import MeshEngine
+from ef_jax.mesh.exchange import Transport
+from ef_jax.mesh.fleet import Fleet, Member
+from ef_jax.mesh.layout import MeshLayout
+from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_rows
+from ef_jax.mesh.programs import MeshPrograms
+from ef_jax.mesh.share import device_share, held_keys
+from ef_jax.mesh.tensor import DenseShares, place_dense
+from ef_jax.placement import Placement
+from ef_jax.planning import plan_model
+from ef_jax.predict import Predictor
+from ef_jax.prefetching import ALL_RESIDENT, Prefetching
+from ef_jax.progress import Progress
+from ef_jax.runtime.dense import DenseWeights
+from ef_jax.runtime.expert_kernels import ExpertKernels
+from ef_jax.runtime.language_model import LanguageModel
+from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
+from ef_jax.schedule.async_link import AsyncLink
+from ef_jax.schedule.device_link import CopyMode, DeviceLink
+from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.link_model import LinkModel
+from ef_jax.schedule.scheduler import Scheduler
+from ef_jax.spec import ModelSpec
+from ef_jax.stats import Stats
+from ef_jax.text import Tokenizer
+from ef_jax.weights import Checkpoint
+
+_LOG = logging.getLogger("ef_jax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshRun:
+    """What `load`'s options come to on a mesh, checked.
+
+    Attributes:
+      layout: the devices.
+      placement: of the experts on the owners of a group; `placed` is what it was asked for by.
+      transport: how rows are exchanged.
+      request: of each device's memory; sequences are those of all.
+      kernels, settled, look, policy, candidates, most_wasted, lossy: as on one device.
+      mode, emulated: how blocks cross each device's link.
+      predictor: makes one for a device; None where nothing is predicted.
+    """
+
+    layout: MeshLayout
+    placement: Placement
+    placed: str
+    transport: Transport
+    request: MemoryRequest
+    kernels: ExpertKernels
+    settled: Prefetching
+    look: LookAheadSpec | None
+    policy: str
+    candidates: str
+    most_wasted: float
+    lossy: LossyOptions
+    mode: CopyMode
+    emulated: LinkModel | None
+    predictor: Callable[[], Predictor | None]
+
+
+def check_options(spec: ModelSpec, settled: Prefetching, lossy: LossyOptions, **options: Any) -> None:
+    """Refuse what a mesh does not have.
+
+    Args:
+      spec: the model.
+      settled: options on prefetching.
+      lossy: lossy options.
+      **options: of `load`, by name, that must be left out: None or their default where they are.
+
+    Raises:
+      InputError: one of them is given.
+      UnsupportedError: the model has an encoder.
+    """
+    if spec.encodes:
+        raise UnsupportedError(f"{spec.family} has an encoder, which runs on one device only: leave mesh out")
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name}={value!r:.60} is of runs on one device: leave it or the mesh out")
+    for name in ("cache_bias", "skip", "low_precision_miss"):
+        if getattr(lossy, name) is not None:
+            raise InputError(f"lossy_{name} is of runs on one device: leave it or the mesh out")
+    if settled.trained is not None or settled.routing_path is not None:
+        raise InputError("trained predictors are of runs on one device: give pregate, history or none with a mesh")
+
+
+def load_on_mesh(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    run: MeshRun,
+    tokenizer: Tokenizer | None,
+    *,
+    progress: bool | None,
+    on_plan: Callable[[MemoryPlan], None] | None,
+) -> LanguageModel:
+    """Load a model on a mesh: on every process, at the same time.
+
+    Raises:
+      InputError: as `ef_jax.load`.
+    """
+    layout, request, settled, look = run.layout, run.request, run.settled, run.look
+    mesh = MeshSpec(data=layout.data, expert=layout.expert, tensor=layout.tensor)
+    check_divides_rows(mesh, request.batch)
+    share = device_share(mesh, run.placement, spec, placed=run.placed, local=layout.local)
+    here = layout.devices[layout.local[0]]
+    shares = DenseShares(spec, layout.tensor)
+    batch = share.rows(request.batch)
+    make = functools.partial(
+        MeshPrograms, shares, layout=layout, transport=run.transport, batch=batch, context=request.context,
+        chunk=request.chunk, kernels=run.kernels, look_ahead=look, lossy=run.lossy,
+    )  # fmt: skip
+    plan, programs = plan_model(
+        shares.spec,
+        request,
+        here,
+        run.mode,
+        kernels=run.kernels,
+        look_ahead=look,
+        prefetches=settled.prefetch != "off",
+        lossy=run.lossy,
+        share=share,
+        make_programs=lambda pool_slots: make(pool_slots=pool_slots),
+    )
+    assert isinstance(programs, MeshPrograms)
+    check_host_pool(plan.host_bytes, here.platform)
+    _LOG.info("%s", plan)
+    if on_plan is not None:
+        on_plan(plan)
+    threads = min(8, max(2, os.cpu_count() or 1))
+    with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
+        dense = DenseWeights(shares.spec, place_dense(checkpoint, layout, advance=bar.update))
+        stores = [
+            HostStore.load(
+                checkpoint,
+                layout.devices[number],
+                keys=held_keys(run.placement, layout.owner(number)),
+                advance=bar.update,
+                threads=threads,
+            )
+            for number in layout.local
+        ]
+    resident = plan.slots == share.held
+    if resident:
+        settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
+    members = [
+        _member(spec, run, plan, settled, number, store) for number, store in zip(layout.local, stores, strict=True)
+    ]
+    if resident:
+        for member in members:
+            member.fill()
+    predicts = settled.predictor != "none" and not resident
+    engine = MeshEngine(
+        shares.spec,
+        plan,
+        programs,
+        dense,
+        Fleet(layout, run.placement, members, predicts=predicts),
+        run.placement,
+        look_ahead=None
+        if look is None
+        else LookAhead(shares.spec, look, dense, rows=plan.rows, sharding=layout.everywhere),
+        prefetching=settled,
+        lossy=run.lossy,
+    )
+    return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
+
+
+def _member(
+    spec: ModelSpec, run: MeshRun, plan: MemoryPlan, settled: Prefetching, number: int, store: HostStore
+) -> Member:
+    """What serves one device's experts."""
+    device = run.layout.devices[number]
+    holds = run.placement.holds[..., run.layout.owner(number)]
+    shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
+    slots = plan.slots + plan.staging_slots
+    link: DeviceLink | EmulatedLink
+    if run.mode == "async" and run.emulated is None:
+        link = AsyncLink(spec, store, device, slots=slots)
+    else:
+        link = DeviceLink(spec, store, device, slots=slots, mode=run.mode)
+    if run.emulated is not None:
+        link = EmulatedLink(link, run.emulated)
+    residency = Residency(
+        **shape,
+        cache_slots=plan.slots,
+        staging_slots=plan.staging_slots,
+        policy=make_policy(run.policy, **shape, cache_slots=plan.slots),
+    )
+    stats = Stats.empty(
+        layers=shape["layers"], experts=int(holds.sum()), slots=plan.slots, staging_slots=plan.staging_slots
+    )
+    scheduler: Scheduler[Any] = Scheduler(
+        residency,
+        link,
+        stats,
+        block_bytes=plan.block_bytes,
+        wave_size=MAX_INSERT,
+        predictor=run.predictor() if settled.predictor != "none" else None,
+        prefetch=settled.prefetch,
+        candidates=run.candidates,
+        most_wasted=run.most_wasted,
+        trial=False,
+    )
+    return Member(number=number, holds=holds, residency=residency, link=link, scheduler=scheduler, stats=stats)
