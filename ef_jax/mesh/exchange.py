@@ -10,12 +10,13 @@ shared in `collect`.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from ef_jax.choices import chosen
 from ef_jax.errors import InputError
 from ef_jax.mesh import padded, ragged
 from ef_jax.runtime.steps import Routed
@@ -30,17 +31,13 @@ def choose_transport(devices: Sequence[jax.Device], name: str | None = None) -> 
     Raises:
       InputError: there is no such transport, or these devices cannot run it.
     """
-    on_gpus = all(device.platform in ("gpu", "cuda", "rocm") for device in devices)
+    others = sorted({device.platform for device in devices} - {"gpu"})
     if name is None:
-        return "ragged" if on_gpus else "padded"
-    if name == "padded":
-        return "padded"
-    if name == "ragged":
-        if not on_gpus:
-            platform = next(device.platform for device in devices if device.platform != "gpu")
-            raise InputError(f"exchange 'ragged' cannot run on {platform}: give exchange='padded' or none")
-        return "ragged"
-    raise InputError(f"exchange {name!r} is not one of {', '.join(get_args(Transport))}")
+        return "padded" if others else "ragged"
+    transport: Transport = chosen("exchange", name, Transport)
+    if transport == "ragged" and others:
+        raise InputError(f"exchange 'ragged' does not run on {others[0]}: give exchange='padded' or none")
+    return transport
 
 
 def send(routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = "padded") -> Routed:

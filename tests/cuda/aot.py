@@ -73,6 +73,20 @@ def h100() -> jax.Device:
     return device
 
 
+@functools.cache
+def h100s() -> tuple[jax.Device, ...]:
+    """Eight compile-only H100s of one machine."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_TARGET.read_text(), topology="1x8x1")
+    return tuple(topology.devices)
+
+
+def on_mesh(mesh: Mesh, partition: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An argument of that whole shape in the memories of a mesh's devices."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_DeviceSharding(mesh, partition))
+
+
 def sharding(kind: MemoryKind = "device") -> NamedSharding:
     """Everything on the H100, or in its pinned host memory."""
     mesh = Mesh(np.array([h100()]), ("x",))

@@ -228,7 +228,50 @@ def test_transports_are_chosen_by_platform() -> None:
     devices = jax.devices()
     assert choose_transport(devices) == "padded"
     assert choose_transport(devices, "padded") == "padded"
-    with pytest.raises(InputError, match="'ragged' cannot run on cpu: give exchange='padded' or none"):
+    with pytest.raises(InputError, match="'ragged' does not run on cpu: give exchange='padded' or none"):
         choose_transport(devices, "ragged")
     with pytest.raises(InputError, match="'all' is not one of padded, ragged"):
         choose_transport(devices, "all")
+
+
+def test_the_emulation_gives_the_documented_example() -> None:
+    """Of `jax.lax.ragged_all_to_all`, whose sizes to receive there are the transpose of those sent."""
+    operand = np.array([1, 2, 2, 3, 4, 0], np.int32)
+    output = np.zeros(8, np.int32)
+    starts, sent = np.array([0, 1, 0, 1], np.int32), np.array([1, 2, 1, 1], np.int32)
+    places, received = np.array([0, 0, 1, 2], np.int32), np.array([1, 1, 2, 1], np.int32)
+    result = emulated(2, operand, output, starts, sent, places, received)
+    assert result.tolist() == [1, 3, 0, 0, 2, 2, 4, 0]
+    disagreeing = emulated(2, operand, output, starts, sent, places, np.array([1, 1, 1, 1], np.int32))
+    assert disagreeing.tolist() == [1, 3, 0, 0, *[emulated_ragged.WRONG] * 4]
+
+
+def test_the_emulation_follows_the_documented_sends_and_receives() -> None:
+    """Two slices to each of four devices, by the pseudocode of the documentation."""
+    devices, slices, rng = 4, 2, np.random.default_rng(0)
+    sent = rng.integers(0, 3, (devices, devices, slices))
+    starts = rng.integers(0, 8, sent.shape)
+    # Each receiver's slices lie one after another, a row apart.
+    ends = np.cumsum(sent.transpose(1, 0, 2).reshape(devices, -1) + 1, axis=1).reshape(devices, devices, slices)
+    places = ends.transpose(1, 0, 2) - sent - 1
+    operand = rng.integers(1, 1000, (devices, 10)).astype(np.int32)
+    wanted = np.full((devices, 40), -1, np.int32)
+    for source, to, index in np.ndindex(*sent.shape):
+        length, start, place = (int(part[source, to, index]) for part in (sent, starts, places))
+        wanted[to, place : place + length] = operand[source, start : start + length]
+    flat = [part.reshape(-1).astype(np.int32) for part in (starts, sent, places, sent.transpose(1, 0, 2))]
+    result = emulated(devices, operand.reshape(-1), np.full(wanted.size, -1, np.int32), *flat)
+    np.testing.assert_array_equal(result.reshape(wanted.shape), wanted)
+
+
+def emulated(devices: int, *arguments: np.ndarray) -> np.ndarray:
+    """The emulation on that many devices, which share each argument in order."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
+    call = functools.partial(emulated_ragged.ragged_all_to_all, axis_name="x")
+
+    def on_each(operand: jax.Array, output: jax.Array, *where: jax.Array) -> jax.Array:
+        return call(operand[:, None], output[:, None], *where)[:, 0]
+
+    each = PartitionSpec("x")
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=(each,) * 6, out_specs=each, check_vma=False)
+    return np.asarray(jax.jit(mapped)(*arguments))
