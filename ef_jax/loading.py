@@ -17,7 +17,6 @@ from ef_jax.memory.host_store import HostStore, Store
 from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
-from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.mesh.exchange import choose_transport
 from ef_jax.mesh.load import MeshRun, check_options, load_on_mesh
 from ef_jax.mesh.mesh_option import MeshOption, layout_for, mesh_that_is_set
@@ -47,6 +46,7 @@ from ef_jax.runtime.routing_paths import RoutingPaths
 from ef_jax.schedule.async_link import AsyncLink
 from ef_jax.schedule.device_link import DeviceLink, resolve_copy_mode
 from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.fill import fill
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.miss_costs import check_miss
 from ef_jax.schedule.prefetch import check_candidates
@@ -289,7 +289,7 @@ def load(
         policy=make_policy(policy, layers=len(spec.moe_layers), experts=spec.experts.count, cache_slots=plan.slots),
     )
     if plan.slots == spec.total_experts:
-        _fill(residency, device_link)
+        fill(residency, device_link, [range(spec.experts.count)] * len(spec.moe_layers))
         settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
     link = device_link if emulated is None else EmulatedLink(device_link, emulated)
     handlers: list[MissHandler] = []
@@ -318,17 +318,6 @@ def load(
         below=tier,
     )
     return LanguageModel(Path(checkpoint.path), spec, engine, tokenizer)
-
-
-def _fill(residency: Residency, link: DeviceLink) -> None:
-    """Put every expert into its slot, where there is one for each."""
-    for layer in range(residency.layers):
-        placed = residency.seed(layer, range(residency.experts))
-        for first in range(0, len(placed), MAX_INSERT):
-            part = placed[first : first + MAX_INSERT]
-            link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
-            link.pool.latest.block_until_ready()
-    link.bytes_moved, link.seconds = 0, 0.0
 
 
 def _look_ahead_spec(spec: ModelSpec, settled: Prefetching) -> LookAheadSpec | None:

@@ -156,7 +156,8 @@ class Stats:
         for name in ("prefill", "decode"):
             own, theirs = getattr(self, name), [getattr(device, name) for device in self.devices or ()]
             for count in ("hits", "late_hits", "misses"):
-                setattr(own, count, [sum(of_layer) for of_layer in zip(*(getattr(one, count) for one in theirs))])
+                by_device = [getattr(one, count) for one in theirs]
+                setattr(own, count, [sum(of_layer) for of_layer in zip(*by_device, strict=True)])
             for count in ("bytes_demand", "bytes_prefetch", "bytes_wasted", "stall_seconds"):
                 setattr(own, count, sum(getattr(one, count) for one in theirs))
         for device in (self.devices or ())[:1]:

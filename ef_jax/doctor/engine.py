@@ -90,6 +90,7 @@ def _load(batch: int) -> LanguageModel:
 def _with_fewer_slots(lm: LanguageModel, fraction: float) -> LanguageModel:
     """A model on the weights and programs of `lm`, which is all-resident: its slots become staging."""
     engine, spec = lm._engine, lm.spec
+    assert isinstance(engine, Engine)  # of one device
     slots = int(fraction * lm.plan.experts)
     plan = dataclasses.replace(lm.plan, slots=slots, staging_slots=lm.plan.experts - slots)
     shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}

@@ -104,7 +104,7 @@ class MeshEngine(SequenceEngine):
             deferred.append((index, self.lookout.last))
             return routed, arrived, self._serves[index], fleet.pools(), fleet.slot_rows(index)
         try:
-            report = self.lookout.report(self.plan.rows)
+            report = self.lookout.read(self.lookout.last, self.plan.rows)
         except RuntimeError as error:
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
         self._note(COMPUTE, f"layer {index}", self._served_at)

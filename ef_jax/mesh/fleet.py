@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 
 from ef_jax.memory.residency import Admission, Residency
-from ef_jax.memory.slot_pool import MAX_INSERT, Slots
+from ef_jax.memory.slot_pool import Slots
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.placement import Placement
 from ef_jax.schedule.device_link import DeviceLink
@@ -38,17 +38,6 @@ class Member:
     def holds_all_of(self, layer: int) -> bool:
         """All that the device holds of a layer is in its slots."""
         return bool((self.residency.slot_of[layer][self.holds[layer]] >= 0).all())
-
-    def fill(self) -> None:
-        """Put all that the device holds into its slots, where there is one for each."""
-        residency, link = self.residency, self.link
-        for layer in range(residency.layers):
-            placed = residency.seed(layer, np.flatnonzero(self.holds[layer]).tolist())
-            for first in range(0, len(placed), MAX_INSERT):
-                part = placed[first : first + MAX_INSERT]
-                link.finish(link.start(layer, [expert for expert, _ in part]), [slot for _, slot in part])
-                link.pool.latest.block_until_ready()
-        link.bytes_moved, link.seconds = 0, 0.0
 
 
 class Fleet:
@@ -74,7 +63,9 @@ class Fleet:
 
     def listens(self) -> bool:
         """Whether the steps that follow listen to predictions."""
-        return all([member.scheduler.listens() for member in self.members]) or self._predicts
+        for member in self.members:
+            member.scheduler.listens()
+        return self._predicts
 
     def show(self, timeline: Timeline | None) -> None:
         """Note stalls and copies of the first device in `timeline` from now on; None: nowhere."""
@@ -180,7 +171,8 @@ class Fleet:
 
     def restore(self) -> bool:
         """Make slots anew that an insert which failed has taken; whether there were any."""
-        return any([member.link.pool.restore() for member in self.members])
+        lost = [member.link.pool.restore() for member in self.members]
+        return any(lost)
 
     def end_run(self) -> None:
         """No step follows for now."""
@@ -223,5 +215,5 @@ class Fleet:
 
 
 def servers_of(layout: MeshLayout, placement: Placement, layer: int) -> Int32[np.ndarray, "X E"]:
-    """The owner that serves each expert of a layer to sequences of each index of the `expert` axis, as `send` has it."""
+    """The owner that serves each expert of a layer to sequences of each index of the `expert` axis; for `send`."""
     return np.ascontiguousarray(placement.serves[layer].T[:: layout.tensor].astype(np.int32))

@@ -1,12 +1,13 @@
 """From a checkpoint and a layout to a running model on several devices."""
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.lossy import LossyOptions
@@ -19,12 +20,10 @@ from ef_jax.mesh.engine import MeshEngine
 from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.fleet import Fleet, Member
 from ef_jax.mesh.layout import MeshLayout
-from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_rows
-from ef_jax.mesh.programs import MeshPrograms
-from ef_jax.mesh.share import device_share, held_keys
+from ef_jax.mesh.planning import plan_on_mesh
+from ef_jax.mesh.share import held_keys
 from ef_jax.mesh.tensor import DenseShares, place_dense
 from ef_jax.placement import Placement
-from ef_jax.planning import plan_model
 from ef_jax.predict import Predictor
 from ef_jax.prefetching import ALL_RESIDENT, Prefetching
 from ef_jax.progress import Progress
@@ -35,6 +34,7 @@ from ef_jax.runtime.look_ahead import LookAhead, LookAheadSpec
 from ef_jax.schedule.async_link import AsyncLink
 from ef_jax.schedule.device_link import CopyMode, DeviceLink
 from ef_jax.schedule.emulated_link import EmulatedLink
+from ef_jax.schedule.fill import fill
 from ef_jax.schedule.link_model import LinkModel
 from ef_jax.schedule.scheduler import Scheduler
 from ef_jax.spec import ModelSpec
@@ -116,36 +116,27 @@ def load_on_mesh(
       InputError: as `ef_jax.load`.
     """
     layout, request, settled, look = run.layout, run.request, run.settled, run.look
-    mesh = MeshSpec(data=layout.data, expert=layout.expert, tensor=layout.tensor)
-    check_divides_rows(mesh, request.batch)
-    share = device_share(mesh, run.placement, spec, placed=run.placed, local=layout.local)
-    here = layout.devices[layout.local[0]]
-    shares = DenseShares(spec, layout.tensor)
-    batch = share.rows(request.batch)
-    make = functools.partial(
-        MeshPrograms, shares, layout=layout, transport=run.transport, batch=batch, context=request.context,
-        chunk=request.chunk, kernels=run.kernels, look_ahead=look, lossy=run.lossy,
-    )  # fmt: skip
-    plan, programs = plan_model(
-        shares.spec,
+    plan, programs = plan_on_mesh(
+        spec,
         request,
-        here,
+        layout,
+        run.placement,
+        run.transport,
         run.mode,
+        placed=run.placed,
         kernels=run.kernels,
         look_ahead=look,
         prefetches=settled.prefetch != "off",
         lossy=run.lossy,
-        share=share,
-        make_programs=lambda pool_slots: make(pool_slots=pool_slots),
     )
-    assert isinstance(programs, MeshPrograms)
+    here, own = layout.devices[layout.local[0]], DenseShares(spec, layout.tensor).spec
     check_host_pool(plan.host_bytes, here.platform)
     _LOG.info("%s", plan)
     if on_plan is not None:
         on_plan(plan)
     threads = min(8, max(2, os.cpu_count() or 1))
     with Progress(plan.dense + plan.host_bytes, "B", "loading", enabled=progress) as bar:
-        dense = DenseWeights(shares.spec, place_dense(checkpoint, layout, advance=bar.update))
+        dense = DenseWeights(own, place_dense(checkpoint, layout, advance=bar.update))
         stores = [
             HostStore.load(
                 checkpoint,
@@ -156,26 +147,21 @@ def load_on_mesh(
             )
             for number in layout.local
         ]
-    resident = plan.slots == share.held
+    resident = plan.slots == plan.experts
     if resident:
         settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
     members = [
         _member(spec, run, plan, settled, number, store) for number, store in zip(layout.local, stores, strict=True)
     ]
-    if resident:
-        for member in members:
-            member.fill()
     predicts = settled.predictor != "none" and not resident
     engine = MeshEngine(
-        shares.spec,
+        own,
         plan,
         programs,
         dense,
         Fleet(layout, run.placement, members, predicts=predicts),
         run.placement,
-        look_ahead=None
-        if look is None
-        else LookAhead(shares.spec, look, dense, rows=plan.rows, sharding=layout.everywhere),
+        look_ahead=None if look is None else LookAhead(own, look, dense, rows=plan.rows, sharding=layout.everywhere),
         prefetching=settled,
         lossy=run.lossy,
     )
@@ -190,19 +176,20 @@ def _member(
     holds = run.placement.holds[..., run.layout.owner(number)]
     shape = {"layers": len(spec.moe_layers), "experts": spec.experts.count}
     slots = plan.slots + plan.staging_slots
-    link: DeviceLink | EmulatedLink
+    device_link: DeviceLink
     if run.mode == "async" and run.emulated is None:
-        link = AsyncLink(spec, store, device, slots=slots)
+        device_link = AsyncLink(spec, store, device, slots=slots)
     else:
-        link = DeviceLink(spec, store, device, slots=slots, mode=run.mode)
-    if run.emulated is not None:
-        link = EmulatedLink(link, run.emulated)
+        device_link = DeviceLink(spec, store, device, slots=slots, mode=run.mode)
     residency = Residency(
         **shape,
         cache_slots=plan.slots,
         staging_slots=plan.staging_slots,
         policy=make_policy(run.policy, **shape, cache_slots=plan.slots),
     )
+    if plan.slots == plan.experts:
+        fill(residency, device_link, [np.flatnonzero(of_layer).tolist() for of_layer in holds])
+    link = device_link if run.emulated is None else EmulatedLink(device_link, run.emulated)
     stats = Stats.empty(
         layers=shape["layers"], experts=int(holds.sum()), slots=plan.slots, staging_slots=plan.staging_slots
     )

@@ -31,7 +31,7 @@ class MeshRows(Rows):
 
     def put(self, tree: Any) -> Any:
         """See `Rows`."""
-        return self._layout.put(tree, self.sharding)
+        return self._layout.put(tree, self._layout.rows)
 
     def part(self, row: int) -> int:
         """Which part of the devices has a row."""

@@ -13,10 +13,10 @@ from ef_jax.errors import InputError, UnsupportedError
 from ef_jax.generation import Generation, Score
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.predict.fingerprint import model_fingerprint
-from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.pregate_probe import PregateProbe
 from ef_jax.runtime.recorder import Listener, Recorder
 from ef_jax.runtime.residual_means import ResidualMeans, logit_shifts
+from ef_jax.runtime.sequence_engine import SequenceEngine
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.schedule.token_scheduler import regroup
 from ef_jax.serving.batch_engine import BatchEngine
@@ -41,7 +41,7 @@ class LanguageModel:
       tokenizer: None where the checkpoint has none; prompts are then token ids.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec, engine: Engine, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, path: Path, spec: ModelSpec, engine: SequenceEngine, tokenizer: Tokenizer | None) -> None:
         self.path, self.spec, self.tokenizer = path, spec, tokenizer
         self._engine = engine
         self._batch = BatchEngine(engine, regroup=regroup)

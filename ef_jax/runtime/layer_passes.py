@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from ef_jax.schedule.step_scheduler import StepScheduler
 from ef_jax.spec import ModelSpec
 from ef_jax.stats import Stats
 from ef_jax.timeline import Timeline
+
+_Of = TypeVar("_Of")
 
 
 class LayerPasses:
@@ -134,8 +136,8 @@ class LayerPasses:
             self._served_at = time.perf_counter()
         return carried
 
-    def _by_age(self, rows: list[list[int]]) -> list[list[int]]:
-        """What the sequences of a step chose, the oldest sequence first."""
+    def _by_age(self, rows: Sequence[_Of]) -> Sequence[_Of]:
+        """What is of each of a step's sequences, that of the oldest first."""
         return rows if self._age_order is None else [rows[place] for place in self._age_order]
 
     def _note(self, track: str, name: str, began: float) -> None:

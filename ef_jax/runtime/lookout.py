@@ -124,7 +124,7 @@ class Lookout:
         return None if self._report is None else self.read(self._report, batch)
 
     @property
-    def last(self) -> jax.Array | None:
+    def last(self) -> Any:
         """What `report` reads, for `read`; None: nothing."""
         return self._report
 
