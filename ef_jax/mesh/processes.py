@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 
 from ef_jax.errors import InputError
 from ef_jax.mesh.rendezvous import Party, meet, parse_address
-from ef_jax.mesh.watch import GRACE, SILENCE, Watch
+from ef_jax.mesh.watch import SILENCE, Watch
 
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 PROCESSES = "EF_JAX_PROCESSES"
@@ -70,7 +69,6 @@ def join_processes(
         raise InputError(f"timeout {timeout!r} is not a number of seconds above 0")
     if not 3 <= silence < 1e6:
         raise InputError(f"silence {silence!r} is not a number of seconds from 3")
-    _check_unused()
     address, count, process, local = _whereabouts(coordinator, processes, process_id, timeout)
     party = Party(
         address=parse_address(address),
@@ -81,6 +79,7 @@ def join_processes(
         timeout=timeout,
         silence=silence,
     )
+    _check_unused()
     _watch, service = meet(party)
     _end_well()
     # It would catch the signal that asks a process to end, and the process would go on.
@@ -128,13 +127,15 @@ def same_everywhere(values: Mapping[str, str | bytes]) -> None:
 def explain(error: BaseException) -> None:
     """Give the watch the time to say that another process is gone, if this may be why something failed here.
 
+    A collective that fails because of it raises errors of many kinds, and may do so before the watch knows.
+
     It does not return if the watch finds that; else `error` is this process's own, and is what `leave` tells the
     others.
     """
     global _why
     if _watch is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(GRACE + 2)
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            _watch.wait_for_news()
         _why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 

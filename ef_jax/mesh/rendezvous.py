@@ -103,6 +103,8 @@ class _First:
                         del self.wires[process], self.hosts[process]
                 if time.monotonic() > deadline:
                     server.close()
+                    for wire in self.wires.values():
+                        wire.close()
                     raise InputError(self._missing())
             self.complete = True
         hosts = [self.hosts[process] for process in range(party.processes)]
@@ -175,6 +177,27 @@ def _come(party: Party) -> tuple[Watch, str]:
     """The other processes' side."""
     wire = Wire(_connect(party), patience=party.silence)
     wire.send(process=party.process, processes=party.processes, host=party.host, versions=party.versions)
+    try:
+        message = _wait_for_all(party, wire)
+    except InputError:
+        wire.close()
+        raise
+    watch = Watch(party.process, [str(host) for host in message["hosts"]])
+    token = str(message["token"])
+
+    def connect() -> socket.socket:
+        connection = socket.create_connection(party.address, timeout=party.silence)
+        connection.settimeout(None)
+        connection.sendall(b'{"token": "' + token.encode() + b'"}\n')
+        return connection
+
+    service = open_tunnel(connect, may_close=watch.all_done)
+    watch.begin({0: wire})
+    return watch, service
+
+
+def _wait_for_all(party: Party, wire: Wire) -> dict[str, Any]:
+    """What process 0 says when all are there."""
     while True:
         try:
             message = wire.receive()
@@ -185,19 +208,7 @@ def _come(party: Party) -> tuple[Watch, str]:
         if "refused" in message:
             raise InputError(f"process 0 at {party.place} refuses this process: {message['refused']}"[:500])
         if "token" in message:
-            break
-    watch = Watch(party.process, [str(host) for host in message["hosts"]])
-    token = str(message["token"])
-
-    def connect() -> socket.socket:
-        connection = socket.create_connection(party.address, timeout=party.silence)
-        connection.settimeout(None)
-        connection.sendall(b'{"token": "' + token.encode() + b'"}\n')
-        return connection
-
-    service = open_tunnel(connect, may_close=lambda: watch.has_left(0))
-    watch.begin({0: wire})
-    return watch, service
+            return message
 
 
 def _listen(party: Party) -> socket.socket:

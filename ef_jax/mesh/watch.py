@@ -27,6 +27,7 @@ GRACE = 5.0
 """Seconds between another process's failure and the end of this one."""
 
 _BEAT = 1.0
+_NEWS = 3.0  # seconds in which a process that died is noticed, unless its host died too
 _LONGEST_MESSAGE = 300
 
 
@@ -68,10 +69,21 @@ class Watch:
         """Whether it said goodbye."""
         return process in self._left
 
+    def all_done(self) -> bool:
+        """Whether all said goodbye, and none failed."""
+        return len(self._left) == len(self.hosts) and not self._failed()
+
     def wait_for_others(self, seconds: float) -> bool:
-        """Wait until all have said goodbye; whether they have. Does not return if one is gone or has failed."""
+        """Wait until all are done; whether they are. Does not return if one is gone or has failed."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._left) == len(self.hosts) and not self._failed(), seconds)
+            return self._changed.wait_for(self.all_done, seconds)
+
+    def wait_for_news(self) -> None:
+        """Wait until it would be known that another process is gone or failed; does not return if one is."""
+        with self._changed:
+            bad = self._changed.wait_for(lambda: self._failed() or self._ending, _NEWS)
+        if bad:
+            time.sleep(GRACE + 1)
 
     def name(self, process: int) -> str:
         """Which process, of how many, and where."""
@@ -88,6 +100,7 @@ class Watch:
             if self._ending:
                 return
             self._ending = True
+            self._changed.notify_all()
         # Past sys.stderr, whose lock the main thread may hold.
         os.write(2, f"ef-jax: {line}\n".encode(errors="backslashreplace"))
         self._hang_up()
