@@ -109,7 +109,7 @@ def plan_model(
       prefetches: blocks are fetched before they are asked for.
       lossy: options that change results.
       share: what the device has of a mesh; None: all.
-      make_programs: gives the programs over a pool of so many slots; None: those of one device, for its own sequences.
+      make_programs: gives the programs over a pool of so many slots, which a mesh has to; None: those of one device.
       exchange_bytes: workspace beside that of the programs.
 
     Raises:
@@ -117,9 +117,9 @@ def plan_model(
     """
     mode = resolve_copy_mode(copy_mode, device)
     transfer_blocks, transfer_rings = blocks_in_flight(mode, device)
-    batch, rows = request.batch, request.rows or request.batch
+    rows = request.rows or request.batch
     if share is not None:
-        batch, rows = share.rows(batch), share.rows(rows)
+        rows = share.rows(rows)
     predicting = look_ahead_bytes(spec, look_ahead, rows)
     if routing_path is not None:
         predicting += routing_path_bytes(routing_path, rows=rows, context=request.context)
@@ -157,7 +157,7 @@ def plan_model(
     except BudgetError:
         pool_slots = experts_a_step(spec, request.batch, share)
     make_programs = make_programs or functools.partial(
-        _programs, spec, batch=batch, rows=rows, context=request.context, chunk=request.chunk, device=device,
+        _programs, spec, batch=request.batch, rows=rows, context=request.context, chunk=request.chunk, device=device,
         kernels=kernels, look_ahead=look_ahead, low_precision=low, lossy=lossy,
     )  # fmt: skip
     programs = make_programs(pool_slots)

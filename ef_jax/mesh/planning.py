@@ -18,6 +18,7 @@ from ef_jax.planning import plan_model
 from ef_jax.runtime import pass_shapes
 from ef_jax.runtime.expert_kernels import ExpertKernels
 from ef_jax.runtime.look_ahead import LookAheadSpec
+from ef_jax.runtime.programs import Programs
 from ef_jax.spec import ModelSpec
 
 
@@ -99,11 +100,32 @@ def estimate_on_mesh(
     """
     check_divides_rows(mesh, request.batch)
     share = device_share(mesh, placement, spec, placed=placed, estimated=True)
-    alone = dataclasses.replace(DenseShares(spec, mesh.tensor).spec, tensor_shares=1)
+    own = DenseShares(spec, mesh.tensor).spec
+    alone = dataclasses.replace(own, tensor_shares=1)  # nothing to add up with other devices
     batch = share.rows(request.batch)
     widths = (1, *pass_shapes.chunk_widths(min(request.chunk, request.context)))
     tokens = max(pass_shapes.lanes(width, batch) * width for width in widths)
-    exchanged = exchange_bytes(mesh, spec, tokens)
+
+    def make_programs(pool_slots: int) -> Programs:
+        return Programs(
+            alone,
+            batch=batch,
+            context=request.context,
+            chunk=request.chunk,
+            pool_slots=pool_slots,
+            sharding=jax.sharding.SingleDeviceSharding(device),
+            kernels=kernels,
+            lossy=lossy,
+        )
+
     return plan_model(
-        alone, request, device, copy_mode, kernels=kernels, lossy=lossy, share=share, exchange_bytes=exchanged
+        own,
+        request,
+        device,
+        copy_mode,
+        kernels=kernels,
+        lossy=lossy,
+        share=share,
+        make_programs=make_programs,
+        exchange_bytes=exchange_bytes(mesh, spec, tokens),
     )[0]
