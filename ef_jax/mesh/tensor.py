@@ -11,8 +11,8 @@ All else is whole on every device: embeddings, norms, routers, what makes the la
 attention, delta nets. With fewer key/value heads than devices, neighbours have the same one.
 
 A device's slices are the arrays of a smaller model, `DenseShares.spec`, so that the modules of one device run on them.
-What they compute of heads, widths and logits has the bits of one device where the platform takes narrower products in the
-same order (XLA:CPU does in 16 bits, and in float32 for parts a multiple of 16 wide). Where shares meet, in what
+What they compute of heads, widths and logits has the bits of one device where the platform takes narrower products in
+the same order (XLA:CPU does in 16 bits, and in float32 for parts a multiple of 16 wide). Where shares meet, in what
 attention and networks add to the residual stream, the order of a sum is another (`nn.shares.sum_shares` has the bound).
 """
 
