@@ -184,16 +184,24 @@ class Fleet:
         for member in self.members:
             member.scheduler.forget()
 
+    def server_numbers(self, layer: int, rows: Sequence[Sequence[int]], parts: Sequence[int]) -> Int[np.ndarray, "n K"]:
+        """The numbers of the devices that serve the experts of a layer's sequences, which have these parts."""
+        experts = np.array(rows, np.int64).reshape(len(rows), -1)
+        numbers: np.ndarray = self._server[layer][np.array(parts, np.int64)[:, None], experts]
+        return numbers
+
     def _shares(
         self, layer: int, rows: Sequence[Sequence[int]], parts: Sequence[int]
     ) -> Iterable[tuple[Member, list[list[int]]]]:
         """What each member serves of the experts of a layer's sequences; of some, nothing."""
-        experts = np.array(rows, np.int64).reshape(len(rows), -1)
-        server = self._server[layer][np.array(parts, np.int64)[:, None], experts]
+        server = self.server_numbers(layer, rows, parts)
         for member in self.members:
             mine = server == member.number
-            found = np.flatnonzero(mine.any(axis=1)).tolist()
-            yield member, [[expert for expert in rows[row] if mine[row, rows[row].index(expert)]] for row in found]
+            served = [
+                [expert for expert, its in zip(row, flags, strict=True) if its]
+                for row, flags in zip(rows, mine.tolist(), strict=True)
+            ]
+            yield member, [row for row in served if row]
 
     def _own(
         self, member: Member, layer: int, ahead: UInt8[np.ndarray, "distances E"] | None

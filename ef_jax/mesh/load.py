@@ -21,6 +21,7 @@ from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.fleet import Fleet, Member
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.planning import plan_on_mesh
+from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import held_keys
 from ef_jax.mesh.tensor import DenseShares, place_dense
 from ef_jax.placement import Placement
@@ -149,7 +150,9 @@ def load_on_mesh(
         ]
     resident = plan.slots == plan.experts
     if resident:
-        settled, look, programs = ALL_RESIDENT, None, programs.without_look_ahead()
+        blind = programs.without_look_ahead()
+        assert isinstance(blind, MeshPrograms)
+        settled, look, programs = ALL_RESIDENT, None, blind
     members = [
         _member(spec, run, plan, settled, number, store) for number, store in zip(layout.local, stores, strict=True)
     ]

@@ -25,7 +25,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,14 +88,14 @@ class Programs(ProgramArguments):
         self._memory: dict[tuple[Any, ...], Any] = {}
         self._passes: dict[tuple[int, int], list[Compiled]] = {}
 
-    def with_pool_slots(self, pool_slots: int) -> Self:
+    def with_pool_slots(self, pool_slots: int) -> "Programs":
         """The same programs over a pool of another size; those that do not read the pool stay compiled."""
         other = copy.copy(self)
         other.pool_slots, other._memory, other._passes = pool_slots, {}, {}
         other._compiled = {key: program for key, program in self._compiled.items() if not other._reads_pool(key)}
         return other
 
-    def without_look_ahead(self) -> Self:
+    def without_look_ahead(self) -> "Programs":
         """The same programs without a look ahead; those that have none stay compiled."""
         other = copy.copy(self)
         other.look_ahead, other._memory, other._passes = None, {}, {}

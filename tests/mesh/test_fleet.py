@@ -1,0 +1,75 @@
+"""Which device serves what of a step, and which lanes prompts take: ids only."""
+
+from typing import Any
+
+import hypothesis
+import jax
+import numpy as np
+from hypothesis import strategies as st
+
+from ef_jax.loading import bundled_model
+from ef_jax.mesh.fleet import Fleet, servers_of
+from ef_jax.mesh.layout import MeshLayout
+from ef_jax.mesh.rows import MeshRows
+from ef_jax.placement import Placement
+from ef_jax.weights import open_checkpoint
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 3
+
+
+@st.composite
+def _steps(draw: Any) -> tuple[MeshLayout, Placement, np.ndarray, list[list[int]], list[int]]:
+    """A mesh, a placement with replicas, who holds what, and the experts of some sequences with their parts."""
+    data, expert, tensor = draw(st.sampled_from([(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2), (1, 1, 1)]))
+    layout = MeshLayout.of(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
+    holds = np.zeros((LAYERS, EXPERTS, layout.owners), bool)
+    for layer, expert_id in np.ndindex(LAYERS, EXPERTS):
+        holds[layer, expert_id, draw(st.lists(st.integers(0, layout.owners - 1), min_size=1, max_size=2))] = True
+    rows = draw(st.lists(st.permutations(range(EXPERTS)), min_size=1, max_size=6))
+    parts = [draw(st.integers(0, layout.row_shards - 1)) for _ in rows]
+    return layout, Placement.of(holds), holds, [list(row[:TOP_K]) for row in rows], parts
+
+
+@hypothesis.given(_steps())
+def test_every_expert_of_every_sequence_is_served_once_in_its_group(step: Any) -> None:
+    layout, placement, holds, rows, parts = step
+    fleet = Fleet(layout, placement, [], predicts=False)
+    for layer in range(LAYERS):
+        server = fleet.server_numbers(layer, rows, parts)
+        of_part = servers_of(layout, placement, layer)
+        for row, part, numbers in zip(rows, parts, server, strict=True):
+            for expert, number in zip(row, numbers.tolist(), strict=True):
+                assert number // layout.owners == part // layout.expert  # its own group
+                assert holds[layer, expert, layout.owner(number)]
+                assert layout.owner(number) == of_part[part % layout.expert, expert]
+                home = (part % layout.expert) * layout.tensor
+                if holds[layer, expert, home]:
+                    assert layout.owner(number) == home
+
+
+@hypothesis.given(st.data())
+def test_prompts_take_lanes_of_the_device_that_has_their_row(data: Any) -> None:
+    with open_checkpoint(bundled_model()) as checkpoint:
+        spec = checkpoint.spec
+    layout = MeshLayout.of(jax.devices()[:4], data=2, expert=2)
+    rows = MeshRows(spec, layout, rows=8, context=16)
+    chosen = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True))
+    lanes, width = 4 * data.draw(st.integers(1, 2)), 4
+    for row in chosen:
+        rows.prompts[row] = np.full(3, row + 1, np.int32)
+    parts = [(row, 0) for row in chosen]
+    turns = rows.turns(parts, lanes)
+    assert sorted(part for turn in turns for part in turn) == sorted(parts)
+    for turn in turns:
+        chunk = rows.chunk(width, lanes, turn, {row: row for row, _ in turn})
+        each = lanes // 4
+        for lane in range(lanes):
+            row = int(chunk.rows[lane])
+            if row == rows.here:
+                assert (chunk.positions[lane] == -1).all()
+                assert chunk.ends[lane, 1] == rows.here
+            else:
+                whole = lane // each * rows.here + row
+                assert (chunk.tokens[lane, :3] == whole + 1).all()
+                assert chunk.ends[lane].tolist() == [2, row]
+        assert sum(int(row) < rows.here for row in chunk.rows) == len(turn)
