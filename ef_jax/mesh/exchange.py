@@ -22,18 +22,22 @@ from ef_jax.mesh import padded, ragged
 from ef_jax.runtime.steps import Routed
 
 Transport = Literal["padded", "ragged"]
-"""How rows move: whole blocks to everybody, or only to where they are needed (`ragged_all_to_all`, on accelerators)."""
+"""How rows move: whole blocks to everybody, or only to where they are needed (`ragged_all_to_all`, on GPUs)."""
 
 
 def choose_transport(devices: Sequence[jax.Device], name: str | None = None) -> Transport:
-    """The transport of that name, or the one for these devices: "ragged" on GPUs, "padded" elsewhere.
+    """The transport of that name, or the one for these devices: "ragged" on GPUs of one process, "padded" elsewhere.
+
+    Between processes XLA's `ragged_all_to_all` depends on its version, flags and network: it may gather whole blocks
+    after all, or fail when it first runs ("fallback to NCCL is not allowed"). Where it is known to work, name it.
 
     Raises:
       InputError: there is no such transport, or these devices cannot run it.
     """
     others = sorted({device.platform for device in devices} - {"gpu"})
     if name is None:
-        return "padded" if others else "ragged"
+        one_process = len({device.process_index for device in devices}) == 1
+        return "ragged" if one_process and not others else "padded"
     transport: Transport = chosen("exchange", name, Transport)
     if transport == "ragged" and others:
         raise InputError(f"exchange 'ragged' does not run on {others[0]}: give exchange='padded' or none")

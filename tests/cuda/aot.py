@@ -74,11 +74,13 @@ def h100() -> jax.Device:
 
 
 @functools.cache
-def h100s() -> tuple[jax.Device, ...]:
-    """Eight compile-only H100s of one machine."""
+def h100s(hosts: int = 1) -> tuple[jax.Device, ...]:
+    """Eight compile-only H100s, of one host or as many of each, all joined by NVLink."""
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_TARGET.read_text(), topology="1x8x1")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_TARGET.read_text(), topology=f"1x{hosts}x{8 // hosts}"
+    )
     return tuple(topology.devices)
 
 

@@ -130,7 +130,9 @@ def test_prompts_take_no_more_than_their_rows_once_more(transport: Transport) ->
     assert back.temp_size_in_bytes < 1.5 * rows * K
 
 
-def test_gpus_exchange_ragged_rows() -> None:
+def test_gpus_of_one_process_exchange_ragged_rows() -> None:
     assert choose_transport(aot.h100s()) == "ragged"
     assert choose_transport(aot.h100s(), "padded") == "padded"
+    assert choose_transport(aot.h100s(hosts=2)) == "padded"
+    assert choose_transport(aot.h100s(hosts=2), "ragged") == "ragged"
     assert choose_transport([aot.h100s()[0], jax.devices()[0]]) == "padded"
