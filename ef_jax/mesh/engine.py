@@ -10,8 +10,10 @@ from ef_jax.errors import LinkError
 from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.program_memory import live_bytes
+from ef_jax.mesh.exchanged import Exchanged
 from ef_jax.mesh.fleet import Fleet, servers_of
 from ef_jax.mesh.layout import MeshLayout
+from ef_jax.mesh.processes import wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.rows import MeshRows
 from ef_jax.nn import reach_of
@@ -64,6 +66,7 @@ class MeshEngine(SequenceEngine):
             lossy=lossy.as_dict(),
         )
         stats.devices = [member.stats for member in fleet.members]
+        self._exchanged = Exchanged(spec, layout, placement, programs.transport, plan.rows)
         super().__init__(
             spec,
             plan,
@@ -82,10 +85,16 @@ class MeshEngine(SequenceEngine):
         """See `SequenceEngine`; those of all devices."""
         return self._mesh_programs.lanes(width) * self._layout.row_shards
 
+    def prepare(self, length: int, until: int) -> None:
+        """See `SequenceEngine`; every process compiles at its own pace."""
+        super().prepare(length, until)
+        wait_for_all()
+
     def rest(self) -> None:
         """See `SequenceEngine`."""
         super().rest()
         self.stats.add_devices()
+        self.stats.exchange = self._exchanged.report()
 
     def _run_chunk(self, width, parts, ends):  # type: ignore[no-untyped-def]
         """As many passes as it takes for every device to have a lane for each of its prompts."""
@@ -107,6 +116,7 @@ class MeshEngine(SequenceEngine):
             report = self.lookout.read(self.lookout.last, self.plan.rows)
         except RuntimeError as error:
             raise LinkError(f"what led to layer {index} has failed: {str(error).splitlines()[0]:.200}") from error
+        self._exchanged.hear(index, self.lookout.last)
         self._note(COMPUTE, f"layer {index}", self._served_at)
         slot_rows = fleet.serve(index, self._by_age(report.ids), self._by_age(self._parts), report.bins)
         return routed, arrived, self._serves[index], fleet.pools(), slot_rows
@@ -136,6 +146,7 @@ class MeshEngine(SequenceEngine):
 
     def _note_routes(self, layer: int, ids: Any) -> None:
         report = self.lookout.read(ids, self.plan.rows)
+        self._exchanged.hear(layer, ids)
         self.fleet.note(layer, self._by_age(report.ids), self._by_age(self._parts))
 
     def _read_choice(self, tokens: jax.Array, told: Any) -> tuple[np.ndarray, np.ndarray]:

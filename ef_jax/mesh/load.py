@@ -21,6 +21,7 @@ from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.fleet import Fleet, Member
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.planning import plan_on_mesh
+from ef_jax.mesh.processes import wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import held_keys
 from ef_jax.mesh.tensor import DenseShares, place_dense
@@ -157,6 +158,7 @@ def load_on_mesh(
         _member(spec, run, plan, settled, number, store) for number, store in zip(layout.local, stores, strict=True)
     ]
     predicts = settled.predictor != "none" and not resident
+    wait_for_all()  # each compiled and read at its own pace
     engine = MeshEngine(
         own,
         plan,

@@ -114,6 +114,7 @@ def same_everywhere(values: Mapping[str, str | bytes]) -> None:
         )
     parts = [value.encode() if isinstance(value, str) else value for value in values.values()]
     digests = np.stack([np.frombuffer(hashlib.sha256(part).digest(), np.uint8) for part in parts])
+    wait_for_all()
     everywhere = process_allgather(digests)  # [processes, names, 32]
     same = np.all(everywhere == everywhere[:1], axis=2)  # [processes, names]
     for column, name in enumerate(values):
@@ -122,6 +123,16 @@ def same_everywhere(values: Mapping[str, str | bytes]) -> None:
             value = parts[column].decode(errors="backslashreplace")
             mine = f"; process {jax.process_index()} has {value:.80}" if value.isprintable() else ""
             raise InputError(f"the processes disagree: {name} differs between processes 0 and {others}{mine}")
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here, for as long as it takes; returns at once where none were joined.
+
+    What processes do each at their own pace, as compiling and reading, is followed by this before they compute
+    together: a collective does not wait for minutes. All have to call it equally often.
+    """
+    if _watch is not None:
+        _watch.wait_for_all()
 
 
 def explain(error: BaseException) -> None:

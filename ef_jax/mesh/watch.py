@@ -44,6 +44,9 @@ class Watch:
         self.hosts = hosts
         self._wires: dict[int, Wire] = {}
         self._left: dict[int, str | None] = {}  # of those that said goodbye, why they failed
+        self._stops = 0  # at which this process waited for the others
+        self._there: dict[int, set[int]] = {}  # process 0: who is at which stop
+        self._open = 0  # stops where all were
         self._changed = threading.Condition()
         self._ending = False
 
@@ -64,6 +67,13 @@ class Watch:
                 failure = " ".join(failure.split())[:_LONGEST_MESSAGE]
         self._note(self.process, failure)
         self._tell(left=self.process, failure=failure)
+
+    def wait_for_all(self) -> None:
+        """Wait until every process is here. Its calls are counted, so all processes have to make the same."""
+        self._stops += 1
+        self._arrive(self.process, self._stops)
+        with self._changed:
+            self._changed.wait_for(lambda: self._open >= self._stops)
 
     def has_left(self, process: int) -> bool:
         """Whether it said goodbye."""
@@ -136,16 +146,26 @@ class Watch:
                 if not self.has_left(process):
                     self._lost(process, "is gone")
                 return
-            self._hear(message)
+            self._hear(process, message)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _hear(self, process: int, message: dict[str, Any]) -> None:
         if "left" in message:
             self._note(int(message["left"]), message["failure"])
         elif "gone" in message:
             self._gone(int(message["gone"]), str(message["why"]))
+        elif "open" in message:
+            self._pass(int(message["open"]))
 
     def _lost(self, process: int, why: str) -> None:
         self._gone(process, why)
+
+    def _arrive(self, process: int, stop: int) -> None:
+        self._tell(stop=stop)
+
+    def _pass(self, stop: int) -> None:
+        with self._changed:
+            self._open = stop
+            self._changed.notify_all()
 
     def _tell(self, **message: Any) -> None:
         for wire in self._wires.values():
@@ -163,9 +183,22 @@ class Watch:
 class FirstWatch(Watch):
     """Process 0's: passes on what it hears."""
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        self._tell(**message)
-        super()._hear(message)
+    def _hear(self, process: int, message: dict[str, Any]) -> None:
+        if "stop" in message:
+            self._arrive(process, int(message["stop"]))
+        elif message:
+            self._tell(**message)
+            super()._hear(process, message)
+
+    def _arrive(self, process: int, stop: int) -> None:
+        with self._changed:
+            there = self._there.setdefault(stop, set())
+            there.add(process)
+            if len(there) < len(self.hosts):
+                return
+            del self._there[stop]
+        self._tell(open=stop)
+        self._pass(stop)
 
     def _lost(self, process: int, why: str) -> None:
         self._tell(gone=process, why=why)
