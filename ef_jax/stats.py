@@ -107,8 +107,12 @@ class Stats:
 
     `horizon` says how far ahead each layer is prefetched for and why, `recall` how good the predictions were, both as
     of the end of the last run; None where nothing is prefetched or predicted. `disk` is None where host memory holds
-    every block. `lossy` are the options that may change
-    results, by their names in `load`; None where results are the model's own.
+    every block. `lossy` are the options that may change results, by their names in `load`; None where results are the
+    model's own.
+
+    On a mesh `slots` and `peak_device_bytes` are a device's, and counts of blocks, bytes and stalls are those of this
+    process's devices together, as of the end of the last run; `devices` has each one's. `exchange` is what decode steps
+    have sent between all devices: bytes by device, counted from the routes. Both are None on one device.
     """
 
     layers: int
@@ -124,6 +128,7 @@ class Stats:
     disk: DiskStats | None = None
     lossy: dict[str, Any] | None = None
     devices: "list[Stats] | None" = None
+    exchange: dict[str, Any] | None = None
 
     @classmethod
     def empty(
@@ -144,7 +149,7 @@ class Stats:
         """Back to zero, the peak and the reports included."""
         self.prefill, self.decode = PhaseStats.empty(self.layers), PhaseStats.empty(self.layers)
         self.peak_device_bytes = 0
-        self.horizon = self.recall = self.miss = None
+        self.horizon = self.recall = self.miss = self.exchange = None
         if self.disk is not None:
             self.disk.reset()
         for device in self.devices or ():
@@ -205,6 +210,7 @@ class Stats:
             "miss": self.miss,
             "disk": None if self.disk is None else dataclasses.asdict(self.disk),
             "lossy": self.lossy,
+            "exchange": self.exchange,
             "devices": None if self.devices is None else [device.of_device() for device in self.devices],
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),
@@ -259,6 +265,12 @@ class Stats:
         if self.devices is not None:
             moved_by = ", ".join(f"{device.of_device()['bytes_moved'] / 1e6:.1f}" for device in self.devices)
             lines.append(f"MB moved by {len(self.devices)} devices: {moved_by}")
+        if self.exchange is not None and self.exchange["layers"]:
+            sent = self.exchange["bytes_sent"]
+            lines.append(
+                f"{sum(sent) / 1e6:.1f} MB exchanged in decode steps ({self.exchange['transport']}), "
+                f"{max(sent) / 1e6:.1f} MB by the device that sent most"
+            )
         if computed := sum(ahead.computed):
             lines.append(f"{computed} of the misses were computed on the host, in place")
         if skipped := sum(ahead.skipped):

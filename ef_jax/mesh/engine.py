@@ -94,7 +94,7 @@ class MeshEngine(SequenceEngine):
         """See `SequenceEngine`."""
         super().rest()
         self.stats.add_devices()
-        self.stats.exchange = self._exchanged.report()
+        self.stats.exchange = self._exchanged.added_to(self.stats.exchange)
 
     def _run_chunk(self, width, parts, ends):  # type: ignore[no-untyped-def]
         """As many passes as it takes for every device to have a lane for each of its prompts."""
