@@ -17,6 +17,7 @@ from ef_jax.families import spec_from_config
 from ef_jax.mesh.layout import ROW_AXES, MeshLayout
 from ef_jax.mesh.tensor import DenseShares, check_tensor, place_dense, undivided
 from ef_jax.nn import attention, latent_attention
+from ef_jax.nn.shares import GATHERED_BYTES, sum_shares
 from ef_jax.runtime.dense import DenseWeights
 from ef_jax.spec import (
     AttentionSpec,
@@ -233,6 +234,26 @@ def test_key_value_heads_of_neighbours_are_the_same_where_they_are_few() -> None
     array = np.arange((8 + 2 + 2) * 16)[:, None] // 16
     part = DenseShares(MIXTRAL, 4).part("layers.0.attn.qkv_proj.weight", array, 2)
     np.testing.assert_array_equal(part[::16, 0], [4, 5, 8 + 1, 8 + 2 + 1])
+
+
+@pytest.mark.parametrize("tensor", [3, 4])
+def test_sums_have_the_same_bits_at_every_size(tensor: int) -> None:
+    """A row's sum is that of the row alone, whatever is beside it and however much that is."""
+    parts = np.random.default_rng(0).standard_normal((tensor, 1032, 256)).astype(np.float32)
+    mesh = MeshLayout.of(jax.devices()[:tensor], tensor=tensor).mesh
+
+    def both(part: Any) -> Any:
+        return sum_shares(part[0], tensor), sum_shares(part[0, -2:], tensor)
+
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+    jitted = jax.jit(mapped)
+    assert parts[0].nbytes > GATHERED_BYTES
+    assert "all-to-all" in jitted.lower(parts).compile().as_text()
+    of_many, of_two = jitted(parts)
+    of_many, of_two = of_many.reshape(parts.shape), of_two.reshape(tensor, 2, 256)
+    np.testing.assert_array_equal(of_many, np.broadcast_to(of_many[0], parts.shape))
+    np.testing.assert_array_equal(of_many[:, -2:], of_two)
+    np.testing.assert_allclose(of_many[0], parts.sum(0), atol=1e-5)
 
 
 def test_one_share_leaves_no_trace() -> None:
