@@ -24,7 +24,7 @@ def draw(rows: list[dict[str, Any]], machines: list[dict[str, Any]], path: Path)
     for axes, count in zip(bars, slots, strict=True):
         _draw_shares(axes, [row for row in rows if row["slots"] == count])
         axes.set_title(f"{count} slots a device")
-    bars[0].legend(fontsize="small", loc="lower left")
+    figure.legend(*bars[0].get_legend_handles_labels(), fontsize="small", loc="outside lower left", ncols=len(_PARTS))
     for count in slots:
         of_count = [machine for machine in machines if machine["slots"] == count]
         devices = [machine["devices"] for machine in of_count]
