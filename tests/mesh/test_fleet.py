@@ -18,32 +18,33 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 3
 
 
 @st.composite
-def _steps(draw: Any) -> tuple[MeshLayout, Placement, np.ndarray, list[list[int]], list[int]]:
-    """A mesh, a placement with replicas, who holds what, and the experts of some sequences with their parts."""
+def _steps(draw: Any) -> tuple[tuple[int, int, int], np.ndarray, list[list[int]], list[int]]:
+    """Sizes of a mesh, who holds what, with replicas, and the experts of some sequences with their parts."""
     data, expert, tensor = draw(st.sampled_from([(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2), (1, 1, 1)]))
-    layout = MeshLayout.of(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
-    holds = np.zeros((LAYERS, EXPERTS, layout.owners), bool)
+    holds = np.zeros((LAYERS, EXPERTS, expert * tensor), bool)
     for layer, expert_id in np.ndindex(LAYERS, EXPERTS):
-        holds[layer, expert_id, draw(st.lists(st.integers(0, layout.owners - 1), min_size=1, max_size=2))] = True
+        holds[layer, expert_id, draw(st.lists(st.integers(0, expert * tensor - 1), min_size=1, max_size=2))] = True
     rows = draw(st.lists(st.permutations(range(EXPERTS)), min_size=1, max_size=6))
-    parts = [draw(st.integers(0, layout.row_shards - 1)) for _ in rows]
-    return layout, Placement.of(holds), holds, [list(row[:TOP_K]) for row in rows], parts
+    parts = [draw(st.integers(0, data * expert - 1)) for _ in rows]
+    return (data, expert, tensor), holds, [list(row[:TOP_K]) for row in rows], parts
 
 
 @hypothesis.given(_steps())
 def test_every_expert_of_every_sequence_is_served_once_in_its_group(step: Any) -> None:
-    layout, placement, holds, rows, parts = step
+    (data, expert, tensor), holds, rows, parts = step
+    layout = MeshLayout.of(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
+    placement = Placement.of(holds)
     fleet = Fleet(layout, placement, [], predicts=False)
     for layer in range(LAYERS):
         server = fleet.server_numbers(layer, rows, parts)
         of_part = servers_of(layout, placement, layer)
         for row, part, numbers in zip(rows, parts, server, strict=True):
-            for expert, number in zip(row, numbers.tolist(), strict=True):
+            for expert_id, number in zip(row, numbers.tolist(), strict=True):
                 assert number // layout.owners == part // layout.expert  # its own group
-                assert holds[layer, expert, layout.owner(number)]
-                assert layout.owner(number) == of_part[part % layout.expert, expert]
+                assert holds[layer, expert_id, layout.owner(number)]
+                assert layout.owner(number) == of_part[part % layout.expert, expert_id]
                 home = (part % layout.expert) * layout.tensor
-                if holds[layer, expert, home]:
+                if holds[layer, expert_id, home]:
                     assert layout.owner(number) == home
 
 
