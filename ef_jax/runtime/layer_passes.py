@@ -1,7 +1,7 @@
 """The passes of an engine: layer after layer, with experts served from slots as the routers ask for them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -93,16 +93,20 @@ class LayerPasses:
         """Argument "held" of the program that ends in a decoder layer; none for a dense one."""
         raise NotImplementedError
 
+    def _runs(self, width, span):  # type: ignore[no-untyped-def]
+        """What runs each layer of a pass, see `Programs.layers`."""
+        return self.lookout.running.layers(width, span)
+
     def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
-        """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. Returns the last's."""
+        """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. What it gives is
+        yielded, and what is sent back goes into the next layer; see `through`. Returns what the last layer carries."""
         rows, reaches, lookout = self._rows, self._reaches, self.lookout
         layers, finish = self._dense.layers, self._dense.finish
         before, *others = self._step_layers if width == 1 else self._prompt_layers
-        run = lookout.running.layers(width, span)
+        run = self._runs(width, span)
         lifts = self._lifts and width == 1
         if self.recorder is not None:
-            of_place = np.arange(rows.count) if index is None else np.minimum(index, rows.count - 1)
-            serve = self.recorder.listen(serve, tokens, positions, rows.number[of_place])
+            serve = self.recorder.listen(serve, tokens, positions, rows.numbers(index))
         self._served_at = time.perf_counter()
         carried, rows.caches[before], ahead, places = run[0](
             self._dense.top,
@@ -117,7 +121,7 @@ class LayerPasses:
         lookout.hear(ahead)
         for program, layer in zip(run[1:], others, strict=True):
             if before in self._moe_index:
-                carried = serve(self._moe_index[before], carried)
+                carried = yield serve(self._moe_index[before], carried)
                 self._served_at = time.perf_counter()
             carried, rows.caches[layer], ahead = program(
                 finish[before],
@@ -132,7 +136,7 @@ class LayerPasses:
             lookout.hear(ahead)
             before = layer
         if before in self._moe_index:
-            carried = serve(self._moe_index[before], carried)
+            carried = yield serve(self._moe_index[before], carried)
             self._served_at = time.perf_counter()
         return carried
 
@@ -143,6 +147,17 @@ class LayerPasses:
     def _note(self, track: str, name: str, began: float) -> None:
         if self.timeline is not None:
             self.timeline.span(track, name, began, time.perf_counter())
+
+
+def through(steps: Generator[Any, Any, _Of]) -> _Of:
+    """Run a pass to its end by itself: whatever it yields is sent back."""
+    sent = None
+    while True:
+        try:
+            sent = steps.send(sent)
+        except StopIteration as end:
+            result: _Of = end.value
+            return result
 
 
 def routed_rows(ids: Any, *, dropping: bool = False) -> list[list[int]]:

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from ef_jax.predict.log_odds import union_bins
 from ef_jax.runtime.dense import DenseWeights
-from ef_jax.runtime.layer_passes import LayerPasses, routed_rows
+from ef_jax.runtime.layer_passes import LayerPasses, routed_rows, through
 from ef_jax.runtime.rows import Chunk
 from ef_jax.sampling_options import SamplingOptions
 from ef_jax.timeline import COMPUTE, STEPS, Timeline
@@ -60,8 +60,8 @@ class SequenceEngine(LayerPasses):
         return list(self.programs.chunks(length))
 
     def lanes(self, width: int) -> int:
-        """Prompts that one pass over `width` tokens of each can take."""
-        return self.programs.lanes(width)
+        """Prompts that one `prompt_pass` over `width` tokens of each can take."""
+        return self._pass_lanes(width)
 
     def prepare(self, length: int, until: int) -> None:
         """Compile what a prompt of `length` tokens needs, decoded until `until` positions are taken, so that nothing
@@ -178,7 +178,7 @@ class SequenceEngine(LayerPasses):
             following=self._union_of_paths(list(then)),
         )
         serve = functools.partial(self._serve, deferred)
-        carried = self._layers(1, span, self._tokens(order), positions, index, serve)
+        carried = through(self._layers(1, span, self._tokens(order), positions, index, serve))
         last = self.lookout.running.end_step()(self._dense.finish[self._step_layers[-1]], carried)
         return order, last, deferred
 
@@ -342,6 +342,11 @@ class SequenceEngine(LayerPasses):
         """An array of a step's sequences, read by the host."""
         return np.asarray(array)
 
+    def gather(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """Arrays of a pass's sequences, of one shape, as ones that this process can read whole; nothing is waited for.
+        Where there are other processes they have to ask for the same."""
+        return arrays
+
     def _run_alone(self, width: int, row: int, start: int) -> np.ndarray:
         """A chunk of one prompt: the residual stream `[T, D]` after the last layer."""
         return self._whole(self._run_chunk(width, [(row, start)], {}))[0]
@@ -364,11 +369,20 @@ class SequenceEngine(LayerPasses):
         Returns:
           The residual stream `[lanes, T, D]` after the last layer.
         """
-        chunk = self._rows.chunk(width, self.lanes(width), parts, ends)
+        return through(self._chunk(width, parts, ends))
+
+    def _pass_lanes(self, width: int) -> int:
+        """Chunks that go through the layers together."""
+        lanes: int = self.programs.lanes(width)
+        return lanes
+
+    def _chunk(self, width, parts, ends):  # type: ignore[no-untyped-def]
+        """`_run_chunk`, of at most `_pass_lanes`, layer by layer; see `_layers` for what it yields."""
+        chunk = self._rows.chunk(width, self._pass_lanes(width), parts, ends)
         span = self.lookout.running.span(max(start for _, start in parts) + width)
         absorb = self.lookout.absorber(width, chunk.rows)
         serve = functools.partial(self._serve_prompt, width, absorb)
-        carried = self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
+        carried = yield from self._layers(width, span, chunk.tokens, chunk.positions, chunk.rows, serve)
         self.stats.prefill.steps += 1
         finish = self._dense.finish[self._prompt_layers[-1]]
         if self.spec.encodes:

@@ -16,11 +16,13 @@ from ef_jax.memory.residency import Residency
 
 @dataclasses.dataclass(slots=True)
 class Wave:
-    """Blocks to copy in together, and the slots `[E]` (-1: not in this wave) to compute from once they are there."""
+    """Blocks to copy in together, and the slots `[E]` (-1: not in this wave) to compute from once they are there; and
+    whether no wave follows."""
 
     experts: list[int]
     slots: list[int]
     slot_row: Int32[np.ndarray, "E"]
+    last: bool = False
 
 
 def prompt_waves(
@@ -51,4 +53,5 @@ def prompt_waves(
             slot_row = np.full(residency.experts, -1, np.int32)
             slot_row[experts] = slots
             waves.append(Wave(experts, slots, slot_row))
+    waves[-1].last = True
     return waves, len(used) - len(missing), len(missing)
