@@ -12,7 +12,9 @@ from ef_jax.mesh.sent_bytes import RowBytes, sent_bytes
 from tests.mesh import test_exchange as exchanged
 from tests.mesh.test_exchange import CASES, DECODE, EXPERTS, HIDDEN, TENSOR, Case, ids_of_cases, tables
 
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all)\(.*replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-to-all)\(.*replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[.*?\] \{.*?\})"
+)
 ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]+)\]")
 
 
@@ -26,7 +28,7 @@ def moved_bytes(compiled: jax.stages.Compiled) -> int:
     total = 0
     for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
-            group = int(match[4]) if match[4] else len(match[3].split(","))
+            group = devices_of_a_group(match[3])
             given = sum(
                 int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in ARRAY.findall(match[1])
             )
@@ -34,6 +36,15 @@ def moved_bytes(compiled: jax.stages.Compiled) -> int:
         else:
             assert not re.search(r"(all-reduce|collective-permute|reduce-scatter)\S*\(%", line), line
     return total
+
+
+def devices_of_a_group(groups: str) -> int:
+    """From `{{0,1,2,3}`, `[2,4]` groups of devices, or since jax 0.12 `mesh['data'=2,'expert'=4] {'expert'}`."""
+    if groups.startswith("mesh"):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'(?!=)", groups))
+    numbers = re.findall(r"\d+", groups)
+    return len(numbers) if groups.startswith("{") else int(numbers[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids_of_cases)
