@@ -12,9 +12,8 @@ from ef_jax.mesh.sent_bytes import RowBytes, sent_bytes
 from tests.mesh import test_exchange as exchanged
 from tests.mesh.test_exchange import CASES, DECODE, EXPERTS, HIDDEN, TENSOR, Case, ids_of_cases, tables
 
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-to-all)\(.*replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[.*?\] \{.*?\})"
-)
+GROUPS = r"replica_groups=(\{\{[\d,]+\}|\[\d+,\d+\]|mesh\[.*?\] \{.*?\})"
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all)\(.*" + GROUPS)
 ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]+)\]")
 
 
