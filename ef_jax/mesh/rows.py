@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32, Int64
 
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.nn import cache_shapes
@@ -52,16 +53,25 @@ class MeshRows(Rows):
         """The first lane of the device that has a row."""
         return self.part(row) * (lanes // self._layout.row_shards)
 
+    def numbers(self, index: Int32[np.ndarray, "B"] | None) -> Int64[np.ndarray, "B"]:
+        """See `Rows`."""
+        return super().numbers(None if index is None else np.minimum(index, self.here - 1) + self._first(len(index)))
+
     def chunk(self, width: int, lanes: int, parts: Sequence[tuple[int, int]], ends: Mapping[int, int]) -> Chunk:
         """See `Rows`; no device has more of `parts` than its share of the lanes."""
         pieces = []
         for part in range(self._layout.row_shards):
             own = [(row, start) for row, start in parts if self.part(row) == part]
             pieces.append(super().chunk(width, lanes // self._layout.row_shards, own, ends))
-        first = np.repeat(np.arange(len(pieces), dtype=np.int32) * self.here, lanes // len(pieces))
+        first = self._first(lanes)
         chunk = Chunk(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
         nobody = chunk.rows == self.count
         chunk.rows[:] = np.where(nobody, self.here, chunk.rows - first)
         none = chunk.ends[:, 1] == self.batch
         chunk.ends[:, 1] = np.where(none, self.here, chunk.ends[:, 1] - first)
         return chunk
+
+    def _first(self, lanes: int) -> Int32[np.ndarray, "lanes"]:
+        """The first row of the device that has each of so many lanes."""
+        shards = self._layout.row_shards
+        return np.repeat(np.arange(shards, dtype=np.int32) * self.here, lanes // shards)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from ef_jax.nn import cache_shapes
 from ef_jax.runtime.sampling import SamplingArrays, sampling_arrays
@@ -101,6 +101,11 @@ class Rows:
         index = np.full(self.batch, self.count, np.int32)
         index[self.places(rows)] = rows
         return index
+
+    def numbers(self, index: Int32[np.ndarray, "B"] | None) -> Int64[np.ndarray, "B"]:
+        """The number of the sequence in each place of a pass that runs the rows of `index`, None: all, in order; of
+        places that are empty, anything."""
+        return self.number[np.arange(self.count) if index is None else np.minimum(index, self.count - 1)]
 
     def sampling(self, rows: list[int]) -> SamplingArrays:
         """The sampling options of a step, on the device."""
