@@ -127,8 +127,9 @@ def _ranked(scores: Float32[Any, "*rows E"], top_k: int, xp: ModuleType) -> tupl
     from jax import lax
 
     # Without the barrier XLA turns a top-k of which single columns are read into a sort, which takes a CPU 16 times as
-    # long. Equal scores come in the order of ids.
-    best, ids = lax.optimization_barrier(lax.top_k(scores, min(top_k + 1, experts)))
+    # long; one barrier for both, and jax 0.10's XLA fails on it where there are several devices. Equal scores come in
+    # the order of ids.
+    best, ids = (lax.optimization_barrier(part) for part in lax.top_k(scores, min(top_k + 1, experts)))
     kth, last = best[..., top_k - 1, None], ids[..., top_k - 1, None]
     after = best[..., top_k, None] if top_k < experts else None
     id = lax.broadcasted_iota(ids.dtype, scores.shape, scores.ndim - 1)
