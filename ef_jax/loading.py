@@ -20,6 +20,7 @@ from ef_jax.memory.residency import Residency
 from ef_jax.mesh.exchange import choose_transport
 from ef_jax.mesh.load import MeshRun, check_options, load_on_mesh
 from ef_jax.mesh.mesh_option import MeshOption, layout_for, mesh_that_is_set
+from ef_jax.mesh.overlap_option import check_overlap
 from ef_jax.nn import settle_rope
 from ef_jax.nn.correction import CorrectionSpec
 from ef_jax.nn.routing_path import RoutingPathSpec
@@ -80,6 +81,7 @@ def load(
     mesh: MeshOption | None = None,
     placement: str | Path | Placement = "contiguous",
     exchange: str | None = None,
+    overlap: str = "auto",
     policy: str = "lru",
     prefetch: int | str = "auto",
     predictor: str | Path | None = None,
@@ -131,6 +133,11 @@ def load(
         `ef-jax replay --mesh` has made.
       exchange: how tokens go to the devices of their experts, "ragged" or "padded"; None: the first where the platform
         has it. It changes no result.
+      overlap: whether prompts run in two passes side by side, where there are more of them than one pass takes: rows of
+        one are exchanged while the other's experts are computed. "on", "off", or "auto": where a gain is predicted from
+        what the parts of a layer are measured to take when the model is loaded; `stats.overlap` says so. Where a
+        layer's experts pass through the slots in waves, only the last of them is computed so. It changes no result,
+        and takes workspace.
       policy: who leaves the cache, a name of `ef_jax.memory.policies.POLICIES`.
       prefetch: how far ahead experts are fetched that are likely to be used: "auto" lets a controller decide layer by
         layer from what it measures, a number is a fixed horizon in layers, "off" fetches what is needed when it is.
@@ -229,6 +236,7 @@ def load(
                 placement=load_placement(placement, spec, layout.owners),
                 placed=placement if isinstance(placement, str) else "as given",
                 transport=choose_transport(layout.devices, exchange),
+                overlap=check_overlap(overlap),
                 request=request,
                 kernels=kernels,
                 settled=settled,
@@ -242,7 +250,11 @@ def load(
                 predictor=lambda: _predictor(spec, settled, look),
             )
             return load_on_mesh(checkpoint, spec, run, tokenizer, progress=progress, on_plan=on_plan)
-        for name, value in (("placement", placement != "contiguous"), ("exchange", exchange is not None)):
+        for name, value in (
+            ("placement", placement != "contiguous"),
+            ("exchange", exchange is not None),
+            ("overlap", overlap != "auto"),
+        ):
             if value:
                 raise InputError(f"{name} is of several devices: give a mesh, or leave it out")
         prefetches = settled.prefetch != "off"

@@ -112,7 +112,8 @@ class Stats:
 
     On a mesh `slots` and `peak_device_bytes` are a device's, and counts of blocks, bytes and stalls are those of this
     process's devices together, as of the end of the last run; `devices` has each one's. `exchange` is what decode steps
-    have sent between all devices: bytes by device, counted from the routes. Both are None on one device.
+    have sent between all devices: bytes by device, counted from the routes. `overlap` says how many passes of
+    prompts run side by side and why, with the seconds that were predicted. All three are None on one device.
     """
 
     layers: int
@@ -129,6 +130,7 @@ class Stats:
     lossy: dict[str, Any] | None = None
     devices: "list[Stats] | None" = None
     exchange: dict[str, Any] | None = None
+    overlap: dict[str, Any] | None = None
 
     @classmethod
     def empty(
@@ -211,6 +213,7 @@ class Stats:
             "disk": None if self.disk is None else dataclasses.asdict(self.disk),
             "lossy": self.lossy,
             "exchange": self.exchange,
+            "overlap": self.overlap,
             "devices": None if self.devices is None else [device.of_device() for device in self.devices],
             "prefill": dataclasses.asdict(self.prefill),
             "decode": dataclasses.asdict(self.decode),

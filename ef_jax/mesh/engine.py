@@ -12,10 +12,10 @@ from ef_jax.memory.plan import MemoryPlan
 from ef_jax.memory.program_memory import live_bytes
 from ef_jax.mesh.exchanged import Exchanged
 from ef_jax.mesh.fleet import Fleet, servers_of
-from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.processes import wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.rows import MeshRows
+from ef_jax.mesh.side_by_side import LastWave, SideBySide, local_parts
 from ef_jax.nn import reach_of
 from ef_jax.placement import Placement
 from ef_jax.prefetching import NO_PREFETCHING, Prefetching
@@ -49,6 +49,7 @@ class MeshEngine(SequenceEngine):
     ) -> None:
         layout = programs.layout
         self.fleet, self._layout, self._mesh_programs = fleet, layout, programs
+        self._company = SideBySide(programs, fleet)
         self._mesh_rows = MeshRows(spec, layout, rows=plan.rows, context=plan.context)
         self._serves: list[jax.Array] = [
             layout.put(servers_of(layout, placement, layer), layout.everywhere) for layer in range(len(spec.moe_layers))
@@ -65,6 +66,7 @@ class MeshEngine(SequenceEngine):
             staging_slots=plan.staging_slots,
             lossy=lossy.as_dict(),
         )
+        stats.overlap = programs.overlap.as_dict()
         stats.devices = [member.stats for member in fleet.members]
         self._exchanged = Exchanged(spec, layout, placement, programs.transport, plan.rows)
         super().__init__(
@@ -82,8 +84,10 @@ class MeshEngine(SequenceEngine):
         )
 
     def lanes(self, width: int) -> int:
-        """See `SequenceEngine`; those of all devices."""
-        return self._mesh_programs.lanes(width) * self._layout.row_shards
+        """See `SequenceEngine`; those of all devices, and of all passes that run side by side."""
+        programs = self._mesh_programs
+        here = min(programs.lanes(width) * programs.passes(width), programs.rows)
+        return here * self._layout.row_shards
 
     def prepare(self, length: int, until: int) -> None:
         """See `SequenceEngine`; every process compiles at its own pace."""
@@ -96,15 +100,26 @@ class MeshEngine(SequenceEngine):
         self.stats.add_devices()
         self.stats.exchange = self._exchanged.added_to(self.stats.exchange)
 
+    def gather(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """See `SequenceEngine`."""
+        return self._mesh_programs.gather(arrays)
+
     def _run_chunk(self, width, parts, ends):  # type: ignore[no-untyped-def]
         """As many passes as it takes for every device to have a lane for each of its prompts."""
-        for turn in self._mesh_rows.turns(parts, self.lanes(width)):
-            x = super()._run_chunk(width, turn, ends)
-        return x
+        turns = self._mesh_rows.turns(parts, self._pass_lanes(width))
+        most = 1 if self.recorder is not None else min(len(turns), self._mesh_programs.passes(width))
+        return self._company.run((self._chunk(width, turn, ends) for turn in turns), most)[-1]
+
+    def _pass_lanes(self, width: int) -> int:
+        return self._mesh_programs.lanes(width) * self._layout.row_shards
+
+    def _runs(self, width, span):  # type: ignore[no-untyped-def]
+        programs = super()._runs(width, span)
+        return self._company.programs(programs, width, span) if self._company.keeps else programs
 
     def _run_alone(self, width: int, row: int, start: int) -> np.ndarray:
         x = self._run_chunk(width, [(row, start)], {})
-        return self._whole(x)[self._mesh_rows.lane(row, self.lanes(width))]
+        return self._whole(x)[self._mesh_rows.lane(row, self._pass_lanes(width))]
 
     def _serve(self, deferred, index: int, carried):  # type: ignore[no-untyped-def]
         routed, arrived = carried
@@ -123,7 +138,9 @@ class MeshEngine(SequenceEngine):
 
     def _serve_prompt(self, width, absorb, index: int, carried):  # type: ignore[no-untyped-def]
         routed, rows, outputs = carried
-        own = [_local(array, self._layout, self.fleet) for array in jax.tree.leaves((rows, outputs))]
+        self._company.finish()  # while the host reads; its slots may be taken then
+        devices = [self._layout.devices[member.number] for member in self.fleet.members]
+        own = [local_parts(array, devices) for array in jax.tree.leaves((rows, outputs))]
         parts = list(zip(*own, strict=True))
         held = [SortedRows._make(part[:-1]) for part in parts]
         done = [part[-1] for part in parts]
@@ -136,8 +153,11 @@ class MeshEngine(SequenceEngine):
             done[member] = wave(held[member], done[member], pool, slot_row)
             self._note(COMPUTE, f"prompt, wave of layer {index}", began)
 
-        self.fleet.serve_prompt(index, counts, run)
+        keeps = self._company.keeps
+        slot_rows = self.fleet.serve_prompt(index, counts, run, keeps_last=keeps)
         outputs = jax.make_array_from_single_device_arrays(outputs.shape, self._layout.each, done)
+        if keeps:
+            outputs = self._company.keep(LastWave(width, rows, outputs, slot_rows))
         return routed, self._serves[index], rows.order, outputs
 
     def _advance(self, rows, then):  # type: ignore[no-untyped-def]
@@ -161,9 +181,3 @@ class MeshEngine(SequenceEngine):
     def _note_peak(self) -> None:
         live = max(live_bytes(self._layout.devices[member.number]) for member in self.fleet.members)
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, live + self.lookout.programs.temp_bytes)
-
-
-def _local(array: jax.Array, layout: MeshLayout, fleet: Fleet) -> list[jax.Array]:
-    """Each member's own part of an array, on its device."""
-    by_device = {shard.device: shard.data for shard in array.addressable_shards}
-    return [by_device[layout.devices[member.number]] for member in fleet.members]

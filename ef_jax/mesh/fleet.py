@@ -133,13 +133,19 @@ class Fleet:
         layer: int,
         counts: Sequence[Int[np.ndarray, "E"]],
         run: Callable[[int, Slots, Int32[np.ndarray, "E"]], None],
-    ) -> None:
+        *,
+        keeps_last: bool = False,
+    ) -> Int32[np.ndarray, "N E"]:
         """Run the waves of one layer of a prompt's chunk on each device, those of all devices by turns.
 
         Args:
           layer: MoE layer.
           counts: rows of each expert, of each member.
           run: starts a wave: the index of a member, its pool, and slots `[E]`.
+          keeps_last: not each device's last, whose blocks stay in their slots until the next layer is served.
+
+        Returns:
+          The slots of the waves that were kept, by device number; -1 elsewhere.
 
         Raises:
           LinkError: blocks could not be copied.
@@ -148,14 +154,20 @@ class Fleet:
             (index, member.scheduler.serve_prompt(layer, count))
             for index, (member, count) in enumerate(zip(self.members, counts, strict=True))
         ]
+        kept = [np.full(self._server.shape[-1], -1, np.int32) for _ in self.members]
         while waves:
             left = []
             for index, its in waves:
                 wave = next(its, None)
-                if wave is not None:
+                if wave is None:
+                    continue
+                if wave.last and keeps_last:
+                    kept[index] = wave.slot_row
+                else:
                     run(index, self.members[index].link.pool.array, wave.slot_row)
-                    left.append((index, its))
+                left.append((index, its))
             waves = left
+        return self._slot_rows(kept)
 
     def pools(self) -> Slots:
         """The slots of all devices as one array; it shares their memory, and is lost with the next insert."""

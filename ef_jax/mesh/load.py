@@ -20,6 +20,7 @@ from ef_jax.mesh.engine import MeshEngine
 from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.fleet import Fleet, Member
 from ef_jax.mesh.layout import MeshLayout
+from ef_jax.mesh.overlap_option import OverlapOption
 from ef_jax.mesh.planning import plan_on_mesh
 from ef_jax.mesh.processes import wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
@@ -55,6 +56,7 @@ class MeshRun:
       layout: the devices.
       placement: of the experts on the owners of a group; `placed` is what it was asked for by.
       transport: how rows are exchanged.
+      overlap: whether passes of prompts run side by side.
       request: of each device's memory; sequences are those of all.
       kernels, settled, look, policy, candidates, most_wasted, lossy: as on one device.
       mode, emulated: how blocks cross each device's link.
@@ -65,6 +67,7 @@ class MeshRun:
     placement: Placement
     placed: str
     transport: Transport
+    overlap: OverlapOption
     request: MemoryRequest
     kernels: ExpertKernels
     settled: Prefetching
@@ -126,6 +129,7 @@ def load_on_mesh(
         run.transport,
         run.mode,
         placed=run.placed,
+        overlap=run.overlap,
         kernels=run.kernels,
         look_ahead=look,
         prefetches=settled.prefetch != "off",

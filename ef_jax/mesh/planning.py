@@ -1,15 +1,20 @@
 """The memory plan of a mesh's devices: measured on its own programs, or estimated where its devices are elsewhere."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
+from ef_jax.errors import BudgetError
 from ef_jax.lossy import LOSSLESS, LossyOptions
 from ef_jax.memory.plan import MemoryPlan, MemoryRequest
+from ef_jax.memory.slot_pool import MAX_INSERT
 from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_rows
+from ef_jax.mesh.overlap_option import ALONE, Overlap, OverlapOption
+from ef_jax.mesh.pass_costs import WithoutExchange, measured_overlap
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import device_share, exchange_bytes
 from ef_jax.mesh.tensor import DenseShares
@@ -31,6 +36,7 @@ def plan_on_mesh(
     copy_mode: str | None,
     *,
     placed: str = "contiguous",
+    overlap: OverlapOption = "off",
     kernels: ExpertKernels,
     look_ahead: LookAheadSpec | None = None,
     prefetches: bool = False,
@@ -46,6 +52,7 @@ def plan_on_mesh(
       transport: how rows are exchanged.
       copy_mode: how blocks cross each link; None: the devices' default.
       placed: what to call the placement.
+      overlap: passes of prompts run side by side; "auto": where measurements on zeros, made now, predict a gain.
       kernels: what computes the experts.
       look_ahead: what programs of a step look ahead by.
       prefetches: blocks are fetched before they are asked for.
@@ -62,21 +69,37 @@ def plan_on_mesh(
     sizes: dict[str, Any] = {"batch": share.rows(request.batch), "context": request.context, "chunk": request.chunk}
     chosen: dict[str, Any] = {"kernels": kernels, "look_ahead": look_ahead, "lossy": lossy}
 
-    def make_programs(pool_slots: int) -> MeshPrograms:
-        return MeshPrograms(shares, layout=layout, transport=transport, pool_slots=pool_slots, **sizes, **chosen)
+    make_programs = functools.partial(MeshPrograms, shares, layout=layout, transport=transport, **sizes, **chosen)
 
-    plan, programs = plan_model(
-        shares.spec,
-        request,
-        layout.devices[layout.local[0]],
-        copy_mode,
-        prefetches=prefetches,
-        share=share,
-        make_programs=make_programs,
-        **chosen,
+    def planned(decided: Overlap) -> tuple[MemoryPlan, MeshPrograms]:
+        plan, programs = plan_model(
+            shares.spec,
+            request,
+            layout.devices[layout.local[0]],
+            copy_mode,
+            prefetches=prefetches,
+            share=share,
+            make_programs=lambda pool_slots: make_programs(overlap=decided, pool_slots=pool_slots),
+            **chosen,
+        )
+        assert isinstance(programs, MeshPrograms)
+        return plan, programs
+
+    first = make_programs(pool_slots=1)
+    if not any(first.company(width) for width in first.chunk_widths):
+        return planned(ALONE)
+    if overlap != "auto":
+        return planned(Overlap(passes=2 if overlap == "on" else 1, reason="asked for"))
+    plan, programs = planned(ALONE)
+    computing = WithoutExchange(
+        shares, layout=layout, transport=transport, pool_slots=programs.pool_slots, **sizes, **chosen
     )
-    assert isinstance(programs, MeshPrograms)
-    return plan, programs
+    last_wave = None if plan.slots == plan.experts else plan.staging_slots or MAX_INSERT
+    decided = measured_overlap(programs, computing, placement, last_wave=last_wave)
+    try:
+        return planned(decided)
+    except BudgetError:
+        return planned(dataclasses.replace(decided, passes=1, reason="there is no memory for two passes"))
 
 
 def estimate_on_mesh(

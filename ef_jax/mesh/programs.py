@@ -12,6 +12,7 @@ gives as numpy arrays are whole on every device, which takes its part inside the
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.mesh.exchange import Transport, collect, send
 from ef_jax.mesh.layout import AXES, ROW_AXES, MeshLayout
+from ef_jax.mesh.overlap_option import ALONE, Overlap
 from ef_jax.mesh.tensor import DenseShares
 from ef_jax.nn import cache_shapes, unsorted, weighted_sum
 from ef_jax.runtime import steps
@@ -43,11 +45,70 @@ class _Given(jax.ShapeDtypeStruct):
 
 class MeshPrograms(Programs):
     """Executables of an engine on a mesh. `shares` is the model as a device has it, and sizes are one device's: `batch`
-    sequences, `pool_slots` slots."""
+    sequences, `pool_slots` slots. `overlap` says whether passes of prompts run side by side."""
 
-    def __init__(self, shares: DenseShares, *, layout: MeshLayout, transport: Transport, **sizes: Any) -> None:
+    def __init__(
+        self,
+        shares: DenseShares,
+        *,
+        layout: MeshLayout,
+        transport: Transport,
+        overlap: Overlap = ALONE,
+        **sizes: Any,
+    ) -> None:
         super().__init__(shares.spec, sharding=layout.rows, **sizes)
         self.layout, self.transport, self._shares = layout, transport, shares
+        self.overlap = overlap
+
+    def company(self, width: int) -> bool:
+        """Whether a pass over `width` tokens of each prompt may leave prompts of a device for another."""
+        return width > 1 and self.rows > self.lanes(width)
+
+    def passes(self, width: int) -> int:
+        """Passes of that width that run side by side."""
+        return self.overlap.passes if self.company(width) else 1
+
+    @property
+    def workspace_bytes(self) -> int:
+        """See `Programs`; where passes run side by side, each has been given its outputs."""
+        workspace = super().workspace_bytes
+        if any(self.passes(width) > 1 for width in self.chunk_widths):
+            workspace += max(
+                analysis.output_size_in_bytes - analysis.alias_size_in_bytes for analysis in self._analyses()
+            )
+        return int(workspace)
+
+    def besides(self, width: int, span: int) -> list[Compiled | None]:
+        """Of each `between` of a pass, the program that is `beside` another pass's last wave; None where no rows are
+        exchanged."""
+        pairs = itertools.pairwise(self.pass_kinds(width))
+        return [self.beside(width, span, *pair) if _exchanges(*pair) else None for pair in pairs]
+
+    def beside(self, width: int, span: int, before: LayerSpec, after: LayerSpec) -> Compiled:
+        """`(sorted rows, outputs, pool, slot_rows [N, E], *arguments of between) -> outputs, *results of between`: one
+        pass goes from one layer into the next, and the last wave of another runs, which neither waits for the other's
+        exchange nor is waited for. Outputs and the cache are donated."""
+
+        def beside(rows, outputs, pool, slot_row, finish, carried, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
+            x = self._leave(width, before, finish, carried)
+            entered = self._enter(width, span, after, leaves, x, cache, reach, places, look, state, None)
+            return steps.run_wave(self.spec, self.kernels, rows, outputs, pool, slot_row), *entered
+
+        def inputs() -> tuple[Any, ...]:
+            slot_row = _Given((self.spec.experts.count,), np.int32, "each")
+            lanes = self.lanes(width)
+            places = (self._device_int(lanes, width), self._device_int(lanes))
+            layer = (self._leaves(after), *self._layer_inputs(after), places, None, None)
+            return (
+                *self._sorted(width),
+                self._pool(),
+                slot_row,
+                self._finish(before),
+                self._carried(width, before),
+                *layer,
+            )
+
+        return self._program(("beside", width, span, before, after), beside, inputs, donate=(1, 7))
 
     def wave_of(self, width: int, number: int) -> Compiled:
         """`wave`, on one of this process's devices."""
@@ -101,6 +162,16 @@ class MeshPrograms(Programs):
             self._compiled[key] = gather.lower(shape).compile()
         return np.asarray(self._compiled[key](array))
 
+    def gather(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """Arrays of one shape, however devices have them, gathered on all devices together; as `whole`, but that
+        nothing is waited for."""
+        return self._gather_all(arrays)
+
+    @functools.cached_property
+    def _gather_all(self) -> Callable[[list[jax.Array]], list[jax.Array]]:
+        everywhere = self.layout.everywhere
+        return jax.jit(lambda arrays: list(jax.lax.with_sharding_constraint(jnp.stack(arrays), everywhere)))
+
     # What the programs are made of.
 
     def _pass(self, width: int, span: int) -> list[Callable[[], Compiled]]:
@@ -108,7 +179,13 @@ class MeshPrograms(Programs):
         if width == 1:
             return programs
         waves = [functools.partial(self.wave_of, width, number) for number in self.layout.local]
+        if self.passes(width) > 1:
+            pairs = dict.fromkeys(itertools.pairwise(self.pass_kinds(width)))
+            waves += [functools.partial(self.beside, width, span, *pair) for pair in pairs if _exchanges(*pair)]
         return [program for program in programs if getattr(program, "func", None) != self.wave] + waves
+
+    def _reads_pool(self, key: tuple[Any, ...]) -> bool:
+        return key[0] == "beside" or super()._reads_pool(key)
 
     def _of_misses(self) -> list[Callable[[], Compiled]]:
         return []
@@ -120,7 +197,7 @@ class MeshPrograms(Programs):
             return carried, cache, ahead
         routed = carried if width == 1 else carried[0]
         with jax.named_scope("send"):
-            arrived = send(routed, serves, transport=self.transport)
+            arrived = self._send(routed, serves)
         if width == 1:
             if ahead is None:
                 ahead = report_ids(self._together(routed.ids[:, 0])), None
@@ -138,9 +215,15 @@ class MeshPrograms(Programs):
             routed, serves, order, outputs = carried
             outputs = unsorted(outputs, order)
         with jax.named_scope("collect"):
-            own = collect(outputs, routed, serves, transport=self.transport)
+            own = self._collect(outputs, routed, serves)
         output = weighted_sum(own.reshape(*routed.ids.shape, -1), steps.output_weights(self.spec, routed))
         return steps.finish_experts(self.spec, finish, routed, output)
+
+    def _send(self, routed: steps.Routed, serves: jax.Array) -> steps.Routed:
+        return send(routed, serves, transport=self.transport)
+
+    def _collect(self, outputs: jax.Array, routed: steps.Routed, serves: jax.Array) -> jax.Array:
+        return collect(outputs, routed, serves, transport=self.transport)
 
     def _told(self, tokens: jax.Array, logprobs: jax.Array) -> Any:
         return self._together(tokens), self._together(logprobs)
@@ -186,6 +269,8 @@ class MeshPrograms(Programs):
                 return carried(width, self.pass_kinds(width)[0]), each, everywhere, rows
             case ("between", width, _, _, kind):
                 return carried(width, kind), each, everywhere
+            case ("beside", width, _, _, kind):
+                return each, carried(width, kind), each, everywhere
             case ("end_chunk", _):
                 return rows, rows
             case ("head",):
@@ -246,6 +331,11 @@ class MeshPrograms(Programs):
         if self.look_ahead is None or width > 1 or (kind is not None and kind.ffn == "dense"):
             return None, None
         return look_shapes(self.spec, self.look_ahead, self.layout.everywhere), None
+
+
+def _exchanges(before: LayerSpec, after: LayerSpec) -> bool:
+    """Whether a program from one layer into another exchanges rows."""
+    return "moe" in (before.ffn, after.ffn)
 
 
 def _given(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
