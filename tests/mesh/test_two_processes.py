@@ -6,19 +6,8 @@ import ef_jax
 from tests.mesh.loopback import run_processes
 
 _PROMPTS = [[5, 6, 7], [100, 9, 2]]
-_RUN = [
-    "-m",
-    "ef_jax",
-    "generate",
-    "--mesh",
-    "expert=8",
-    "--distributed",
-    "--expert-fraction",
-    "0.5",
-    "--batch",
-    "8",
-    "--chunk=16",
-]
+_RUN = ["-m", "ef_jax", "generate", "--mesh=expert=8", "--distributed", "--expert-fraction=0.5", "--batch=8"]
+_RUN += ["--chunk=16"]
 
 
 def test_results_are_those_of_one_device() -> None:
