@@ -14,7 +14,7 @@ from ef_jax.mesh.exchange import Transport
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.mesh_spec import MeshSpec, check_divides_rows
 from ef_jax.mesh.overlap_option import ALONE, Overlap, OverlapOption
-from ef_jax.mesh.pass_costs import WithoutExchange, measured_overlap
+from ef_jax.mesh.pass_costs import measured_overlap
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import device_share, exchange_bytes
 from ef_jax.mesh.tensor import DenseShares
@@ -91,11 +91,8 @@ def plan_on_mesh(
     if overlap != "auto":
         return planned(Overlap(passes=2 if overlap == "on" else 1, reason="asked for"))
     plan, programs = planned(ALONE)
-    computing = WithoutExchange(
-        shares, layout=layout, transport=transport, pool_slots=programs.pool_slots, **sizes, **chosen
-    )
     last_wave = None if plan.slots == plan.experts else plan.staging_slots or MAX_INSERT
-    decided = measured_overlap(programs, computing, placement, last_wave=last_wave)
+    decided = measured_overlap(programs, placement, last_wave=last_wave)
     try:
         return planned(decided)
     except BudgetError:

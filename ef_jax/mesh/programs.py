@@ -197,7 +197,7 @@ class MeshPrograms(Programs):
             return carried, cache, ahead
         routed = carried if width == 1 else carried[0]
         with jax.named_scope("send"):
-            arrived = self._send(routed, serves)
+            arrived = send(routed, serves, transport=self.transport)
         if width == 1:
             if ahead is None:
                 ahead = report_ids(self._together(routed.ids[:, 0])), None
@@ -215,15 +215,9 @@ class MeshPrograms(Programs):
             routed, serves, order, outputs = carried
             outputs = unsorted(outputs, order)
         with jax.named_scope("collect"):
-            own = self._collect(outputs, routed, serves)
+            own = collect(outputs, routed, serves, transport=self.transport)
         output = weighted_sum(own.reshape(*routed.ids.shape, -1), steps.output_weights(self.spec, routed))
         return steps.finish_experts(self.spec, finish, routed, output)
-
-    def _send(self, routed: steps.Routed, serves: jax.Array) -> steps.Routed:
-        return send(routed, serves, transport=self.transport)
-
-    def _collect(self, outputs: jax.Array, routed: steps.Routed, serves: jax.Array) -> jax.Array:
-        return collect(outputs, routed, serves, transport=self.transport)
 
     def _told(self, tokens: jax.Array, logprobs: jax.Array) -> Any:
         return self._together(tokens), self._together(logprobs)
