@@ -4,7 +4,8 @@
 
 Runs `ef-jax generate --mesh expert=N` on N emulated CPU devices, in one process and shared among several on the
 loopback interface, and reads each process's peak resident memory. In one process it should be the experts and what
-every process needs besides; in P, a P-th of the experts and the same again. Tokens have to be the same. Prints a table, then one line of JSON.
+every process needs besides; in P, a P-th of the experts and the same again. Tokens have to be the same. Prints a table,
+then one line of JSON.
 """
 
 import argparse

@@ -133,20 +133,16 @@ class Watch:
 
     def _listen(self, process: int) -> None:
         wire = self._wires[process]
-        while True:
-            try:
-                message = wire.receive()
-            except (TimeoutError, WireError) as error:
-                if not self.has_left(process):
-                    silent = isinstance(error, TimeoutError)
-                    why = f"has been silent for {wire.socket.gettimeout():.0f} s" if silent else "sends no messages"
-                    self._lost(process, why)
-                return
-            if message is None:
-                if not self.has_left(process):
-                    self._lost(process, "is gone")
-                return
-            self._hear(process, message)
+        try:
+            while (message := wire.receive()) is not None:
+                self._hear(process, message)
+            why = "is gone"
+        except TimeoutError:
+            why = f"has been silent for {wire.socket.gettimeout():.0f} s"
+        except (WireError, LookupError, TypeError, ValueError):
+            why = "says what no process of ours says"
+        if not self.has_left(process):
+            self._lost(process, why)
 
     def _hear(self, process: int, message: dict[str, Any]) -> None:
         if "left" in message:

@@ -12,7 +12,7 @@ import pytest
 
 from ef_jax.cli import main
 from ef_jax.errors import InputError
-from ef_jax.mesh.processes import COORDINATOR, PROCESS_ID, PROCESSES, join_processes
+from ef_jax.mesh.processes import COORDINATOR, PROCESS_ID, PROCESSES, _whereabouts, join_processes
 from ef_jax.mesh.rendezvous import Party, meet, parse_address
 from ef_jax.mesh.watch import GONE, GRACE, SILENCE
 from ef_jax.mesh.wire import Wire, WireError
@@ -257,6 +257,18 @@ def test_processes_join_before_jax_is_used(port: int) -> None:
     with pytest.raises(InputError, match="JAX is in use already: call join_processes before"):
         join_processes(f"localhost:{port}", 2, 0)
     assert jax.devices() == before
+
+
+def test_a_launcher_says_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (COORDINATOR, PROCESSES, PROCESS_ID):
+        monkeypatch.delenv(variable, raising=False)
+    slurm = {"JOB_ID": "77", "STEP_NODELIST": "node[3-4]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    address, count, process, local = _whereabouts(None, None, None, 5)
+    assert parse_address(address)[0] == "node3"
+    assert (count, process, local) == (2, 1, [0])
+    assert _whereabouts("host:1", None, None, 5)[:3] == ("host:1", 2, 1)
 
 
 def test_addresses() -> None:
