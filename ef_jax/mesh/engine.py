@@ -83,6 +83,11 @@ class MeshEngine(SequenceEngine):
             lossy=lossy,
         )
 
+    @property
+    def repeats(self) -> bool:
+        """See `SequenceEngine`; other processes have run their part of a pass, and would not run it again."""
+        return jax.process_count() == 1
+
     def lanes(self, width: int) -> int:
         """See `SequenceEngine`; those of all devices, and of all passes that run side by side."""
         programs = self._mesh_programs

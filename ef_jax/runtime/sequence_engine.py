@@ -55,6 +55,11 @@ class SequenceEngine(LayerPasses):
         """Sequences that one step can run."""
         return self._rows.batch
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a pass that has raised `LinkError` can be run again."""
+        return True
+
     def cuts(self, length: int) -> list[tuple[int, int]]:
         """`(start, width)` of the chunks that a prompt of `length` tokens is cut into."""
         return list(self.programs.chunks(length))

@@ -34,8 +34,8 @@ class BatchEngine:
     where enough texts run to fill a step, prompts wait for company, for `PATIENCE` turns at most.
 
     Every request ends once: by its output (end of sequence, stop string, length), because it was cancelled or its time
-    was up, or by an error. A `LinkError` ends the requests of the pass that meets it twice in a row; any other error
-    all that hold a row, since it may have lost the caches.
+    was up, or by an error. A `LinkError` ends the requests of the pass that meets it twice in a row; any other error,
+    and a `LinkError` where passes cannot be repeated, all that hold a row, since it may have lost the caches.
     """
 
     def __init__(
@@ -224,7 +224,9 @@ class BatchEngine:
         try:
             return run()
         except LinkError:
-            pass  # a second attempt asks for other copies
+            if not self._stepper.repeats:
+                raise
+            # A second attempt asks for other copies.
         try:
             return run()
         except LinkError as error:

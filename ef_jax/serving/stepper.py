@@ -19,6 +19,8 @@ class Stepper(Protocol):
     Attributes:
       rows: sequences held at once, R.
       batch: sequences of one decode step at most, B <= R.
+      repeats: a pass that has raised `LinkError` may be run again. Not where other processes run their part of it: they
+        would not run theirs again.
     """
 
     @property
@@ -26,6 +28,9 @@ class Stepper(Protocol):
 
     @property
     def batch(self) -> int: ...
+
+    @property
+    def repeats(self) -> bool: ...
 
     def prepare(self, length: int, until: int) -> None:
         """Compile what a prompt of `length` tokens needs that is decoded until `until` positions are taken."""

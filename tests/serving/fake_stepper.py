@@ -46,7 +46,7 @@ class FakeStepper:
     """
 
     def __init__(self, rows: int, batch: int, *, chunk: int = 4, lanes: int = 3, paths: bool = False) -> None:
-        self.rows, self.batch = rows, batch
+        self.rows, self.batch, self.repeats = rows, batch, True
         self.chunk, self.most_lanes, self.has_paths = chunk, lanes, paths
         self.faults: dict[str, list[BaseException | None]] = {}
         self.log: list[tuple[str, list[int]]] = []

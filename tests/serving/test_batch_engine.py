@@ -168,6 +168,23 @@ def test_a_link_error_is_tried_once_more_and_then_ends_its_pass_alone(method):
     assert left_nothing(engine, stepper)
 
 
+@pytest.mark.parametrize("method", ["prompt_pass", "step"])
+def test_a_link_error_ends_all_where_passes_cannot_be_run_again(method):
+    stepper = FakeStepper(3, 2, lanes=2)
+    stepper.repeats = False
+    engine = BatchEngine(stepper)
+    requests = many(3)
+    engine.submit(requests)
+    engine.turn()
+    running = [request for request in requests if request.row is not None and not request.ended]
+    assert running
+    error = LinkError("once")
+    stepper.fail(method, error)
+    drain(engine, requests)
+    assert all(request.error is error for request in running)
+    assert left_nothing(engine, stepper)
+
+
 @pytest.mark.parametrize("method", ["join", "prompt_pass", "step", "leave"])
 def test_any_other_error_ends_all_that_hold_a_row_and_the_rest_goes_on(method):
     stepper = FakeStepper(2, 2)
