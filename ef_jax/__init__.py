@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ef_jax.generation import Score as Score
     from ef_jax.loading import load as load
     from ef_jax.memory.plan import MemoryPlan as MemoryPlan
+    from ef_jax.mesh.processes import join_processes as join_processes
     from ef_jax.replay.trace import RoutingTrace as RoutingTrace
     from ef_jax.runtime.language_model import LanguageModel as LanguageModel
     from ef_jax.sampling_options import SamplingOptions as SamplingOptions
@@ -31,6 +32,7 @@ _MODULES = {
     "Generation": "generation",
     "Score": "generation",
     "load": "loading",
+    "join_processes": "mesh.processes",
     "MemoryPlan": "memory.plan",
     "RoutingTrace": "replay.trace",
     "LanguageModel": "runtime.language_model",
