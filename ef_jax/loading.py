@@ -206,7 +206,8 @@ def load(
         pages = request.host_memory is not None and request.host_memory < spec.total_experts * spec.block_bytes
         if pages:
             check_paging(lossy, quantizes=checkpoint is not stored)
-        check_available(min(request.host_memory or sys.maxsize, spec.total_experts * spec.block_bytes), pages=pages)
+        if layout is None:  # the plan says what a mesh's process holds
+            check_available(min(request.host_memory or sys.maxsize, spec.total_experts * spec.block_bytes), pages=pages)
         spec = settle_rope(spec, request.context)
         mode = resolve_copy_mode(copy_mode, device)
         emulated = LinkModel.parse(emulate_link) if isinstance(emulate_link, str) else emulate_link

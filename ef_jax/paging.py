@@ -45,7 +45,8 @@ def check_host_memory(plan: MemoryPlan, device: jax.Device) -> None:
     """
     devices = 1 if plan.share is None else plan.share.local_devices
     on_device = plan.total * devices if device.platform == "cpu" else 0
-    check_available(plan.host_bytes + plan.host_light_misses + on_device, pages=plan.host is not None)
+    nbytes = plan.host_bytes + plan.host_light_misses + on_device
+    check_available(nbytes, pages=plan.host is not None, mesh=plan.share is not None)
 
 
 def make_tier(

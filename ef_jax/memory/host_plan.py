@@ -77,12 +77,13 @@ def make_host_plan(
     return dataclasses.replace(empty, places=min(places, held))
 
 
-def check_available(nbytes: int, *, pages: bool) -> None:
+def check_available(nbytes: int, *, pages: bool, mesh: bool = False) -> None:
     """Refuse to take more host memory than there is.
 
     Args:
       nbytes: what will be allocated.
       pages: blocks are paged from disk already.
+      mesh: they are those of a mesh's devices, whose experts are all in host memory.
 
     Raises:
       BudgetError: the machine, or the control group that this process is in, has less.
@@ -91,9 +92,9 @@ def check_available(nbytes: int, *, pages: bool) -> None:
     if available is None or nbytes <= available:
         return
     fix = "give less" if pages else "give it, for example half of that: it keeps the other experts on disk"
+    fix = "share the experts among devices of more hosts" if mesh else f"host_memory bounds it: {fix}"
     raise BudgetError(
-        f"loading needs {format_bytes(nbytes)} of host memory and {format_bytes(available)} are available; "
-        f"host_memory bounds it: {fix}"
+        f"loading needs {format_bytes(nbytes)} of host memory and {format_bytes(available)} are available; {fix}"
     )
 
 

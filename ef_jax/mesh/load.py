@@ -26,6 +26,7 @@ from ef_jax.mesh.processes import wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import held_keys
 from ef_jax.mesh.tensor import DenseShares, place_dense
+from ef_jax.paging import check_host_memory
 from ef_jax.placement import Placement
 from ef_jax.predict import Predictor
 from ef_jax.prefetching import ALL_RESIDENT, Prefetching
@@ -137,6 +138,7 @@ def load_on_mesh(
     )
     here, own = layout.devices[layout.local[0]], DenseShares(spec, layout.tensor).spec
     check_host_pool(plan.host_bytes, here.platform)
+    check_host_memory(plan, here)
     _LOG.info("%s", plan)
     if on_plan is not None:
         on_plan(plan)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ef_jax.errors import InputError
+from ef_jax.errors import BudgetError, InputError
+from ef_jax.memory import host_plan
 from ef_jax.memory.plan import MemoryPlan, MemoryRequest
 from ef_jax.memory.plan import kv_cache_bytes as kv_bytes
 from ef_jax.mesh.mesh_option import layout_for
@@ -14,6 +15,7 @@ from ef_jax.mesh.mesh_spec import MeshSpec
 from ef_jax.mesh.planning import estimate_on_mesh, plan_on_mesh
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import device_share, held_keys
+from ef_jax.paging import check_host_memory
 from ef_jax.placement import Placement
 from ef_jax.planning import make_request
 from ef_jax.runtime.expert_kernels import choose_kernels
@@ -100,3 +102,13 @@ def test_requests_name_sequences_that_the_mesh_can_share() -> None:
     with pytest.raises(InputError, match="sequences 20 cannot be shared"):
         make_request(SPEC, device, batch=8, sequences=20, mesh=MESH)
     assert make_request(SPEC, device, batch=8, sequences=24, mesh=MESH).rows == 24
+
+
+def test_host_memory_is_checked_for_this_process(planned: tuple[MemoryPlan, MeshPrograms], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """On CPU what is on this process's devices is in the same memory."""
+    plan = planned[0]
+    monkeypatch.setattr(host_plan, "available_memory", lambda: plan.host_bytes + 8 * plan.total)
+    check_host_memory(plan, jax.devices()[0])
+    monkeypatch.setattr(host_plan, "available_memory", lambda: plan.host_bytes + 8 * plan.total - 1)
+    with pytest.raises(BudgetError, match="share the experts among devices of more hosts"):
+        check_host_memory(plan, jax.devices()[0])
