@@ -18,6 +18,7 @@ from ef_jax.memory.plan import MemoryPlan, check_host_pool
 from ef_jax.memory.policies import POLICIES, make_policy
 from ef_jax.memory.residency import Residency
 from ef_jax.mesh.exchange import choose_transport
+from ef_jax.mesh.layout import no_mesh_set
 from ef_jax.mesh.load import MeshRun, check_options, load_on_mesh
 from ef_jax.mesh.mesh_option import MeshOption, layout_for, mesh_that_is_set
 from ef_jax.mesh.overlap_option import check_overlap
@@ -186,7 +187,7 @@ def load(
         quantize=lossy_quantize,
     )
     mesh = mesh or mesh_that_is_set()
-    with open_checkpoint(bundled_model() if path is None else path, dtype) as stored:
+    with no_mesh_set(), open_checkpoint(bundled_model() if path is None else path, dtype) as stored:
         checkpoint = stored if lossy.quantize is None else QuantizedCheckpoint(stored, lossy.quantize)
         spec = checkpoint.spec
         lossy.check(spec)

@@ -7,6 +7,7 @@
 | `tensor` | the dense weights and, within a group, experts; sequences are the same along it |
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -110,3 +111,9 @@ class MeshLayout:
     def of(cls, devices: list[jax.Device], *, data: int = 1, expert: int = 1, tensor: int = 1) -> "MeshLayout":
         """The layout of as many devices, in order: those of one group next to one another."""
         return cls(Mesh(np.array(devices).reshape(data, expert, tensor), AXES))
+
+
+def no_mesh_set() -> contextlib.AbstractContextManager[Any]:
+    """Within it, no mesh of `jax.set_mesh` is set: JAX refuses programs of single devices under one."""
+    context: contextlib.AbstractContextManager[Any] = jax.set_mesh(Mesh(np.empty((), object), ()))
+    return context
