@@ -51,6 +51,10 @@ def test_every_device_moves_its_own_experts_within_its_plan(lm: Any) -> None:
     of_devices = lm.stats.as_dict()["devices"]
     assert [device["bytes_moved"] for device in of_devices] == moved
     assert [device["misses"] * plan.block_bytes for device in of_devices] == moved
+    steps = lm.stats.decode.steps
+    assert steps
+    for member in engine.fleet.members:
+        assert member.stats.decode.bytes_demand <= steps * plan.token_cycle * plan.block_bytes
     assert sum(moved) == lm.stats.prefill.bytes_demand + lm.stats.decode.bytes_demand
     for member in engine.fleet.members:
         held = {key for key in member.residency.key_of if key is not None}
