@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 from ef_jax.choices import chosen
 from ef_jax.errors import InputError
 from ef_jax.mesh import padded, ragged
+from ef_jax.mesh.routes import Run, alone
 from ef_jax.runtime.steps import Routed
 
 Transport = Literal["padded", "ragged"]
@@ -44,23 +45,29 @@ def choose_transport(devices: Sequence[jax.Device], name: str | None = None) -> 
     return transport
 
 
-def send(routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = "padded") -> Routed:
+def send(routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = "padded", run: Run = alone) -> Routed:
     """What this device serves of its group's tokens.
 
     Args:
       routed: of this device's own tokens, `[B, T, ...]`.
       serves: owner number of the device that computes each expert for the tokens of each index of the `expert` axis.
       transport: how.
+      run: runs the collective that moves rows, unless there is one source only.
 
     Returns:
       `[X * B, T, ...]`, X the size of the `expert` axis; `x` is `h`. Where a token stands in its source's block is up
       to the transport; tokens with no expert here may be missing, and have ids of -1 if they are not.
     """
-    return _module(transport).send(routed, serves)
+    return _module(transport).send(routed, serves, run)
 
 
 def collect(
-    outputs: Float[Array, "R D"], routed: Routed, serves: Int32[Array, "X E"], *, transport: Transport = "padded"
+    outputs: Float[Array, "R D"],
+    routed: Routed,
+    serves: Int32[Array, "X E"],
+    *,
+    transport: Transport = "padded",
+    run: Run = alone,
 ) -> Float[Array, "M D"]:
     """The outputs of this device's own tokens, from wherever they were computed.
 
@@ -69,13 +76,14 @@ def collect(
       routed: what `send` was given.
       serves: the same.
       transport: the same.
+      run: as for `send`.
 
     Returns:
       One row for every id of `routed`, in order; zeros where it is -1.
     """
     # As whole numbers: XLA:CPU copies 16-bit floats by way of 32 bits, which changes those that are none.
     bits = jax.lax.bitcast_convert_type(outputs, jnp.dtype(f"uint{8 * outputs.dtype.itemsize}"))
-    mine = _module(transport).collect(bits, routed, serves)
+    mine = _module(transport).collect(bits, routed, serves, run)
     return jax.lax.bitcast_convert_type(mine, outputs.dtype)
 
 

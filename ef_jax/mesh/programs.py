@@ -23,8 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ef_jax.memory.slot_pool import pool_shapes
 from ef_jax.mesh.exchange import Transport, collect, send
-from ef_jax.mesh.layout import AXES, ROW_AXES, MeshLayout
+from ef_jax.mesh.layout import AXES, ROW_AXES, MeshLayout, no_mesh_set
 from ef_jax.mesh.overlap_option import ALONE, Overlap
+from ef_jax.mesh.routes import alone
 from ef_jax.mesh.tensor import DenseShares
 from ef_jax.nn import cache_shapes, unsorted, weighted_sum
 from ef_jax.runtime import steps
@@ -86,13 +87,16 @@ class MeshPrograms(Programs):
 
     def beside(self, width: int, span: int, before: LayerSpec, after: LayerSpec) -> Compiled:
         """`(sorted rows, outputs, pool, slot_rows [N, E], *arguments of between) -> outputs, *results of between`: one
-        pass goes from one layer into the next, and the last wave of another runs, which neither waits for the other's
-        exchange nor is waited for. Outputs and the cache are donated."""
+        pass goes from one layer into the next, and the last wave of another runs while its rows are exchanged. Outputs
+        and the cache are donated."""
 
         def beside(rows, outputs, pool, slot_row, finish, carried, leaves, cache, reach, places, look, state):  # type: ignore[no-untyped-def]
-            x = self._leave(width, before, finish, carried)
-            entered = self._enter(width, span, after, leaves, x, cache, reach, places, look, state, None)
-            return steps.run_wave(self.spec, self.kernels, rows, outputs, pool, slot_row), *entered
+            compute = functools.partial(steps.run_wave, self.spec, self.kernels, rows)
+            parts = _halves(slot_row, rows.sizes) if before.ffn == after.ffn else [slot_row]
+            wave = _Wave(lambda out, part: compute(out, pool, part), outputs, parts)
+            x = self._leave(width, before, finish, carried, wave.beside)
+            entered = self._enter(width, span, after, leaves, x, cache, reach, places, look, state, None, wave.beside)
+            return wave.finished(), *entered
 
         def inputs() -> tuple[Any, ...]:
             slot_row = _Given((self.spec.experts.count,), np.int32, "each")
@@ -190,14 +194,14 @@ class MeshPrograms(Programs):
     def _of_misses(self) -> list[Callable[[], Compiled]]:
         return []
 
-    def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state, held):  # type: ignore[no-untyped-def]
+    def _enter(self, width, span, kind, leaves, x, cache, reach, places, look, state, held, run=alone):  # type: ignore[no-untyped-def]
         reach, serves = reach
         carried, cache, ahead = super()._enter(width, span, kind, leaves, x, cache, reach, places, look, state, held)
         if kind.ffn == "dense":
             return carried, cache, ahead
         routed = carried if width == 1 else carried[0]
         with jax.named_scope("send"):
-            arrived = send(routed, serves, transport=self.transport)
+            arrived = send(routed, serves, transport=self.transport, run=run)
         if width == 1:
             if ahead is None:
                 ahead = report_ids(self._together(routed.ids[:, 0])), None
@@ -205,7 +209,7 @@ class MeshPrograms(Programs):
         rows = steps.sort_rows(self.spec, arrived)
         return (routed, rows, jnp.zeros_like(rows.rows)), cache, None
 
-    def _leave(self, width, kind, finish, carried):  # type: ignore[no-untyped-def]
+    def _leave(self, width, kind, finish, carried, run=alone):  # type: ignore[no-untyped-def]
         if kind.ffn == "dense":
             return carried
         if width == 1:
@@ -215,7 +219,7 @@ class MeshPrograms(Programs):
             routed, serves, order, outputs = carried
             outputs = unsorted(outputs, order)
         with jax.named_scope("collect"):
-            own = collect(outputs, routed, serves, transport=self.transport)
+            own = collect(outputs, routed, serves, transport=self.transport, run=run)
         output = weighted_sum(own.reshape(*routed.ids.shape, -1), steps.output_weights(self.spec, routed))
         return steps.finish_experts(self.spec, finish, routed, output)
 
@@ -233,7 +237,8 @@ class MeshPrograms(Programs):
         self, key: tuple[Any, ...], function: Callable[..., Any], inputs: tuple[Any, ...], donate: tuple[int, ...]
     ) -> jax.stages.Compiled:
         if key[0] == "wave":
-            return super()._compile(key, function, inputs, donate)
+            with no_mesh_set():
+                return super()._compile(key, function, inputs, donate)
         layout, inputs = self.layout, jax.tree.map(_given, inputs)
 
         def on_each(*arguments):  # type: ignore[no-untyped-def]
@@ -247,7 +252,8 @@ class MeshPrograms(Programs):
             check_vma=False,  # what is the same along "tensor", or on all devices, is so by what is computed
         )
         whole = jax.tree.map(functools.partial(_of_all, layout), inputs)
-        return jax.jit(mapped, donate_argnums=donate).lower(*whole).compile()
+        with no_mesh_set():
+            return jax.jit(mapped, donate_argnums=donate).lower(*whole).compile()
 
     def _results(self, key: tuple[Any, ...]) -> Any:
         """Where the results of a program are, as prefixes of their trees."""
@@ -325,6 +331,38 @@ class MeshPrograms(Programs):
         if self.look_ahead is None or width > 1 or (kind is not None and kind.ffn == "dense"):
             return None, None
         return look_shapes(self.spec, self.look_ahead, self.layout.everywhere), None
+
+
+class _Wave:
+    """A wave whose parts are computed while rows move, while tracing.
+
+    XLA's schedulers do not know how long a kernel takes, and would leave the wave for the end. So a part begins once
+    rows can move, and those that have come are not read before the part is done.
+    """
+
+    def __init__(
+        self, compute: Callable[[jax.Array, jax.Array], jax.Array], outputs: jax.Array, parts: list[jax.Array]
+    ) -> None:
+        self._compute, self._outputs, self._parts = compute, outputs, parts
+
+    def beside(self, collective: Callable[[Any], Any], given: Any) -> Any:
+        """A `Run` that also computes the next part."""
+        given, outputs, part = jax.lax.optimization_barrier((given, self._outputs, self._parts.pop(0)))
+        moved, self._outputs = jax.lax.optimization_barrier((collective(given), self._compute(outputs, part)))
+        return moved
+
+    def finished(self) -> jax.Array:
+        """The outputs, with what nothing has moved beside."""
+        for part in self._parts:
+            self._outputs = self._compute(self._outputs, part)
+        return self._outputs
+
+
+def _halves(slot_row: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+    """A wave's slots by expert, in two parts with about as many rows."""
+    rows = jnp.cumsum(jnp.where(slot_row >= 0, sizes, 0))
+    early = 2 * rows <= rows[-1]
+    return [jnp.where(early, slot_row, -1), jnp.where(early, -1, slot_row)]
 
 
 def _exchanges(before: LayerSpec, after: LayerSpec) -> bool:

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Shaped, UInt
 
-from ef_jax.mesh.routes import gather, servers, share
+from ef_jax.mesh.routes import Run, alone, gather, servers, share
 from ef_jax.runtime.steps import Routed
 
 
-def send(routed: Routed, serves: Int32[Array, "X E"]) -> Routed:
+def send(routed: Routed, serves: Int32[Array, "X E"], run: Run = alone) -> Routed:
     """See `exchange.send`; the tokens of a source that are served here are at the front of its block."""
     (batch, tokens, k), hidden = routed.ids.shape, routed.h.shape[-1]
     sources, me, count = jax.lax.axis_size("expert"), jax.lax.axis_index("expert"), batch * tokens
@@ -33,6 +33,7 @@ def send(routed: Routed, serves: Int32[Array, "X E"]) -> Routed:
         _sizes(outgoing),
         jnp.full(sources, me * count, jnp.int32),
         _sizes(incoming),
+        run,
     )
     h = rows.reshape(sources * batch, tokens, hidden)
     order = _true_first(incoming)[..., None]
@@ -41,7 +42,9 @@ def send(routed: Routed, serves: Int32[Array, "X E"]) -> Routed:
     return Routed(h, h, ids.reshape(-1, tokens, k), weights.reshape(-1, tokens, k))
 
 
-def collect(outputs: UInt[Array, "R D"], routed: Routed, serves: Int32[Array, "X E"]) -> UInt[Array, "M D"]:
+def collect(
+    outputs: UInt[Array, "R D"], routed: Routed, serves: Int32[Array, "X E"], run: Run = alone
+) -> UInt[Array, "M D"]:
     """See `exchange.collect`; of the outputs' bits."""
     sources, me, k = jax.lax.axis_size("expert"), jax.lax.axis_index("expert"), routed.ids.shape[-1]
     (ids,) = gather([routed.ids])
@@ -58,6 +61,7 @@ def collect(outputs: UInt[Array, "R D"], routed: Routed, serves: Int32[Array, "X
         _sizes(here.reshape(sources, -1)),
         _sizes(((places >= 0) & (places < me)).reshape(sources, -1)),
         _sizes(from_each),
+        run,
     )
     arrived = jnp.cumsum(from_each.reshape(-1)).reshape(from_each.shape) - 1
     rows = rows[arrived[mine, jnp.arange(len(mine))]]
@@ -71,10 +75,12 @@ def _exchange(
     sizes: Int32[Array, " X"],
     places: Int32[Array, " X"],
     arriving: Int32[Array, " X"],
+    run: Run,
 ) -> Shaped[Array, "Q D"]:
     """`into` with what others send: `sizes` rows in turn to each device, each part to its place there."""
     starts = jnp.cumsum(sizes) - sizes
-    return jax.lax.ragged_all_to_all(rows, into, starts, sizes, places, arriving, axis_name="expert")
+    given = rows, into, starts, sizes, places, arriving
+    return run(lambda given: jax.lax.ragged_all_to_all(*given, axis_name="expert"), given)
 
 
 def _along_expert(owners: Int32[Array, "X n K"]) -> Int32[Array, "X n K"]:

@@ -3,7 +3,8 @@
 Everything here runs inside `shard_map` over the axes of `mesh/layout.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,21 @@ def servers(ids: Int32[Array, "X *rows"], serves: Int32[Array, "X E"]) -> Int32[
     return jnp.where(ids < 0, -1, serves[source, jnp.maximum(ids, 0)])
 
 
-def gather(parts: Sequence[Shaped[Array, "B T _"]]) -> list[Shaped[Array, "X B T _"]]:
+Run = Callable[[Callable[[Any], Any], Any], Any]
+"""Runs the collective that moves rows, a function, on what it takes: by itself, or beside something else."""
+
+
+def alone(collective: Callable[[Any], Any], given: Any) -> Any:
+    """The `Run` of a collective by itself."""
+    return collective(given)
+
+
+def gather(parts: Sequence[Shaped[Array, "B T _"]], run: Run = alone) -> list[Shaped[Array, "X B T _"]]:
     """Arrays of all sources along `expert`, by one collective: as bits, side by side."""
     if jax.lax.axis_size("expert") == 1:
         return [part[None] for part in parts]
     bits = [_bits(part) for part in parts]
-    whole = jax.lax.all_gather(jnp.concatenate(bits, axis=-1), "expert", axis=0)
+    whole = run(lambda bits: jax.lax.all_gather(bits, "expert", axis=0), jnp.concatenate(bits, axis=-1))
     gathered, start = [], 0
     for part, of_part in zip(parts, bits, strict=True):
         gathered.append(_from_bits(whole[..., start : start + of_part.shape[-1]], part.dtype))
