@@ -22,7 +22,7 @@ from ef_jax.mesh.fleet import Fleet, Member
 from ef_jax.mesh.layout import MeshLayout
 from ef_jax.mesh.overlap_option import OverlapOption
 from ef_jax.mesh.planning import plan_on_mesh
-from ef_jax.mesh.processes import wait_for_all
+from ef_jax.mesh.processes import same_everywhere, wait_for_all
 from ef_jax.mesh.programs import MeshPrograms
 from ef_jax.mesh.share import held_keys
 from ef_jax.mesh.tensor import DenseShares, place_dense
@@ -107,6 +107,22 @@ def check_options(spec: ModelSpec, settled: Prefetching, lossy: LossyOptions, **
         raise InputError("trained predictors are of runs on one device: give pregate, history or none with a mesh")
 
 
+def _check_same(spec: ModelSpec, run: MeshRun) -> None:
+    """Refuse processes that were given different models or options, any of which could leave them waiting."""
+    chosen = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    own = ("layout", "placement", "kernels", "predictor")
+    layout = run.layout
+    same_everywhere(
+        {
+            "the model": repr(spec),
+            "mesh": f"data={layout.data},expert={layout.expert},tensor={layout.tensor}",
+            "placement": run.placement.serves.tobytes(),
+            "kernels": repr(run.kernels.as_dict()),
+            **{name: repr(value) for name, value in chosen.items() if name not in own},
+        }
+    )
+
+
 def load_on_mesh(
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -119,8 +135,9 @@ def load_on_mesh(
     """Load a model on a mesh: on every process, at the same time.
 
     Raises:
-      InputError: as `ef_jax.load`.
+      InputError: as `ef_jax.load`, or processes were given different models or options.
     """
+    _check_same(spec, run)
     layout, request, settled, look = run.layout, run.request, run.settled, run.look
     plan, programs = plan_on_mesh(
         spec,
