@@ -11,7 +11,7 @@ from ef_jax.errors import InputError
 
 # What may differ between processes, or is compared as prompts.
 _OWN = frozenset(
-    {"coordinator", "process_id", "model", "timeline", "prompts", "prompt_file", "token_ids", "placement"}
+    {"coordinator", "process_id", "model", "timeline", "output", "prompts", "prompt_file", "token_ids", "placement"}
     | {"quiet", "verbose", "debug", "json"}
 )
 

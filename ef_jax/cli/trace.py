@@ -8,6 +8,7 @@ from typing import Any
 
 from ef_jax import console
 from ef_jax.cli import options as common
+from ef_jax.cli.distributed import add_process_options, is_first, join
 from ef_jax.cli.model_run import add_run_options, load_run
 from ef_jax.cli.prompts import read_prompts
 from ef_jax.memory.sizes import format_bytes
@@ -53,12 +54,14 @@ def _record(options: argparse.Namespace) -> None:
         from ef_jax.runtime.pregate_probe import check_distances
 
         check_distances(common.read_spec(path, options.dtype), options.pregate)
+    join(options, prompts)
     model_run = load_run(options, path, prompts)
     with model_run.lm.trace(weights=options.weights, pregate=options.pregate) as recording:
         model_run.generate()
     trace = recording.trace()
-    trace.save(options.output)
-    _report(trace, options, stats=model_run.lm.stats.as_dict(), load_seconds=model_run.load_seconds)
+    if is_first(options):
+        trace.save(options.output)
+        _report(trace, options, stats=model_run.lm.stats.as_dict(), load_seconds=model_run.load_seconds)
     model_run.show_stats()
 
 
@@ -103,6 +106,8 @@ def build_parser() -> console.Parser:
         help="record what the routers of the next H layers say of each layer's input too, as float16 (for predictors)",
     )
     add_run_options(parser)
+    common.add_mesh_options(parser)
+    add_process_options(parser)
     return parser
 
 

@@ -130,7 +130,10 @@ class LanguageModel:
 
         Raises:
           InputError: as `generate`; or prompt and `max_new_tokens` do not fit the context together.
+          UnsupportedError: several processes run the model: each would begin at a time of its own.
         """
+        if not self._engine.repeats:
+            raise UnsupportedError("submit is of runs in one process: use generate or stream in every one of them")
         options = _with_changes(options, changes)
         deadline = None if timeout is None else self._batch.clock() + _seconds(timeout)
         if options.stop:
@@ -268,6 +271,7 @@ class LanguageModel:
             lossy=lossy_text(lossy),
             weights=weights,
             probe=PregateProbe(self.spec, self._engine.dense, pregate) if pregate else None,
+            gather=self._engine.gather,
         )
         with self._listening(recorder):
             yield recorder

@@ -9,9 +9,11 @@ import numpy as np
 from ef_jax.errors import InputError
 from ef_jax.replay.trace import DECODE, PROMPT, RoutingTrace
 from ef_jax.runtime.pregate_probe import PregateProbe
+from ef_jax.runtime.steps import Routed
 from ef_jax.spec import ModelSpec
 
 Serve = Callable[[int, Any], Any]
+Gather = Callable[[list[jax.Array]], list[jax.Array]]
 
 # Steps whose ids are taken together. One by one, right after a step has filled the processor's caches with something
 # else, costs half as much again.
@@ -27,7 +29,13 @@ class Listener(Protocol):
     ) -> Serve: ...
 
 
-class _Running(NamedTuple):
+def routed_of(carried: Any) -> Routed:
+    """The `Routed` of an MoE layer from what its program leaves: that alone, or first among other things."""
+    routed: Routed = carried if isinstance(carried, Routed) else carried[0]
+    return routed
+
+
+class _Pass(NamedTuple):
     """A pass whose routes are still on the device: int32 `[B, T]` tokens and positions, `[B, T, K]` by MoE layer."""
 
     tokens: jax.Array | np.ndarray
@@ -67,6 +75,8 @@ class Recorder:
       lossy: what changes the run's results, in words.
       weights: record the router's weights too, as float16.
       probe: record the pre-gate scores that it computes, too.
+      gather: makes of arrays of one shape, divided as sequences are, others that this process can read whole, without
+        waiting for them. Where processes share the sequences, all record, and so all run what it runs.
     """
 
     def __init__(
@@ -79,21 +89,21 @@ class Recorder:
         lossy: str = "",
         weights: bool = False,
         probe: PregateProbe | None = None,
+        gather: Gather = list,
     ) -> None:
         self._layers, self._num_experts = len(spec.step_moe_layers), spec.experts.count
         self._encodes = spec.encodes
         self._dtype = np.uint8 if self._num_experts <= 1 << 8 else np.uint16
         self._block_bytes, self._model, self._fingerprint, self._lossy = block_bytes, model, fingerprint, lossy
-        self._weights, self._probe = weights, probe
+        self._weights, self._probe, self._gather = weights, probe, gather
         self._recorded: list[_Rows] = []
-        self._pending: list[_Running] = []
+        self._pending: list[_Pass] = []
 
     def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> Serve:
         """A pass begins.
 
         Args:
-          serve: the engine's `(MoE layer, carried) -> carried`; `carried` is the layer's `Routed` in a step of
-            decoding, and begins with it in a chunk of prompts.
+          serve: the engine's `(MoE layer, carried) -> carried`; `carried` is the layer's `Routed`, or begins with it.
           tokens: int32 `[B, T]`; a step of decoding has one column, a chunk of prompts more.
           positions: int32 `[B, T]`, -1 where there is no token.
           numbers: int64 `[B]`, of each sequence, which are counted as they join; of empty places, anything.
@@ -103,23 +113,25 @@ class Recorder:
         """
         if self._encodes and positions.shape[1] > 1:
             return serve
-        if len(self._pending) == _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
+        if len(self._pending) >= _MOST_PENDING or (self._pending and self._pending[-1].positions.shape[1] > 1):
             self._settle()
-        running = _Running(tokens, positions, numbers, [], [], [])
-        self._pending.append(running)
+        running = _Pass(tokens, positions, numbers, [], [], [])
         keep_ids, keep_weights, keep_scores = running.ids.append, running.weights.append, running.pregate.append
-        prompt, weights, probe, last = positions.shape[1] > 1, self._weights, self._probe, self._layers - 1
+        weights, probe, last = self._weights, self._probe, self._layers - 1
         if probe is not None:
             keep_scores(probe.embedded(tokens))
 
         def listening(layer: int, carried: Any) -> Any:
-            routed = carried[0] if prompt else carried
+            routed = routed_of(carried)
             keep_ids(routed.ids)
             if weights:
                 keep_weights(routed.weights)
             if probe is not None and layer < last:
                 keep_scores(probe.residual(layer + 1, routed.x))
-            return serve(layer, carried)
+            served = serve(layer, carried)
+            if layer == last:
+                self._pending.append(self._gathered(running))
+            return served
 
         return listening
 
@@ -152,15 +164,19 @@ class Recorder:
             pregate=_joined([part.pregate for part in rows], places) if self._probe is not None else None,
         )
 
+    def _gathered(self, ran: _Pass) -> _Pass:
+        """A pass that this process can read; a prompt's tokens come from the host."""
+        tokens = self._gather([ran.tokens])[0] if isinstance(ran.tokens, jax.Array) else ran.tokens
+        ids, weights, pregate = (layers and self._gather(layers) for layers in (ran.ids, ran.weights, ran.pregate))
+        return ran._replace(tokens=tokens, ids=ids, weights=weights, pregate=pregate)
+
     def _settle(self) -> None:
         """Take what the passes that ran have left on the device."""
-        for running in self._pending:
-            if len(running.ids) == self._layers:
-                self._recorded.append(self._rows(running))
+        self._recorded += map(self._rows, self._pending)
         self._pending.clear()
 
-    def _rows(self, running: _Running) -> _Rows:
-        positions = running.positions
+    def _rows(self, ran: _Pass) -> _Rows:
+        positions = ran.positions
         places, columns = np.nonzero(positions >= 0)
         prompt = positions.shape[1] > 1
 
@@ -174,11 +190,11 @@ class Recorder:
         nothing = np.empty(0, np.float16)
         return _Rows(
             phase=PROMPT if prompt else DECODE,
-            sequences=running.numbers[places],
-            tokens=np.asarray(running.tokens)[places, columns],
-            experts=rows(running.ids, self._dtype),
-            weights=rows(running.weights, np.float16) if self._weights else nothing,
-            pregate=scores(running.pregate) if self._probe is not None else nothing,
+            sequences=ran.numbers[places],
+            tokens=np.asarray(ran.tokens)[places, columns],
+            experts=rows(ran.ids, self._dtype),
+            weights=rows(ran.weights, np.float16) if self._weights else nothing,
+            pregate=scores(ran.pregate) if self._probe is not None else nothing,
         )
 
 

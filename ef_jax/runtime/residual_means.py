@@ -18,7 +18,7 @@ from ef_jax.nn import RouterStack, merge_top, top_definition
 from ef_jax.nn.linear import along_last, matmul_f32
 from ef_jax.nn.norm import gain, unit
 from ef_jax.runtime.dense import DenseWeights
-from ef_jax.runtime.recorder import Serve
+from ef_jax.runtime.recorder import Serve, routed_of
 from ef_jax.spec import ModelSpec
 
 
@@ -36,18 +36,18 @@ class ResidualMeans:
 
     def __init__(self, spec: ModelSpec, dense: DenseWeights) -> None:
         self._definition, self._top, self._spec = top_definition(spec)[0], dense.top, spec
-        self._sums = [jnp.zeros(spec.hidden, jnp.float32)] * (len(spec.moe_layers) + 1)
+        self._sums = [np.zeros(spec.hidden, np.float32)] * (len(spec.moe_layers) + 1)
         self._embed = jax.jit(lambda top, tokens: merge_top(self._definition, top).embed_tokens(tokens))
         self._tokens = 0
 
     def listen(self, serve: Serve, tokens: jax.Array | np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> Serve:
         """A pass begins; as `Recorder.listen`."""
-        counted, prompt = positions > 0, positions.shape[1] > 1
+        counted = positions > 0
         self._tokens += int(counted.sum())
         self._add(0, self._embed(self._top, tokens), counted)
 
         def listening(layer: int, carried: Any) -> Any:
-            self._add(layer + 1, (carried[0] if prompt else carried).x, counted)
+            self._add(layer + 1, routed_of(carried).x, counted)
             return serve(layer, carried)
 
         return listening
