@@ -11,8 +11,8 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     """Markdown tables by name."""
     slots = found["settings"]["slots"]
     return {
-        **{f"machines, {count} slots": _machines(found["machines"], count) for count in slots},
         "groups": _groups(found["rows"]),
+        **{f"machines, {count} slots": _machines(found["machines"], count) for count in slots},
         "placements": _placements(found["rows"]),
         "division": _division(found["rows"]),
         "prompts": _prompts(found["prompts"]),
@@ -81,17 +81,14 @@ def _division(rows: list[dict[str, Any]]) -> str:
 
 
 def _prompts(prompts: list[dict[str, Any]]) -> str:
+    """Those that more slots leave as they are, once."""
     head = ("slots", "group", "tokens a device", "uncut ms", "in two ms", "best number", "gain")
-    return _table(
-        head,
-        (
-            [
-                row["slots"], row["group"], f"{row['tokens']:,}", _three(row["whole_ms"]), _three(row["two_ms"]),
-                row["micro_batches"], f"{row['gain']:.2f}",
-            ]
-            for row in prompts
-        ),
-    )  # fmt: skip
+    slots: dict[tuple[Any, ...], int] = {}
+    for row in prompts:
+        times = (_three(row["whole_ms"]), _three(row["two_ms"]))
+        cells = (row["group"], f"{row['tokens']:,}", *times, row["micro_batches"], f"{row['gain']:.2f}")
+        slots.setdefault(cells, row["slots"])
+    return _table(head, ([count, *cells] for cells, count in slots.items()))
 
 
 def _times(row: dict[str, Any], *parts: str) -> list[str]:
