@@ -254,7 +254,7 @@ class MeshPrograms(Programs):
         whole = jax.tree.map(functools.partial(_of_all, layout), inputs)
         with no_mesh_set():
             hides = key[0] == "beside" and layout.devices[0].platform == "gpu"  # a ragged exchange is not, by default
-        options = {"xla_gpu_enable_latency_hiding_scheduler": True} if hides else None
+        options: dict[str, str | bool] | None = {"xla_gpu_enable_latency_hiding_scheduler": True} if hides else None
         return jax.jit(mapped, donate_argnums=donate).lower(*whole).compile(compiler_options=options)
 
     def _results(self, key: tuple[Any, ...]) -> Any:

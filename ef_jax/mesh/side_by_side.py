@@ -91,10 +91,10 @@ class SideBySide:
     def programs(self, programs: list[Compiled], width: int, span: int) -> list[Compiled]:
         """`programs`, of the layers of a pass, that also run the wave that waits, where rows are exchanged."""
         begin, *others = programs
-        fused = self._programs.besides(width, span)
+        fused = zip(others, self._programs.besides(width, span), strict=True)
         return [
             begin,
-            *(functools.partial(self._beside, *two) if two[1] else two[0] for two in zip(others, fused, strict=True)),
+            *(alone if beside is None else functools.partial(self._beside, alone, beside) for alone, beside in fused),
         ]
 
     def _beside(self, alone: Compiled, fused: Compiled, *arguments: Any) -> Any:
@@ -121,7 +121,7 @@ def local_parts(array: jax.Array, devices: list[jax.Device]) -> list[jax.Array]:
 
 
 def _by_turns(passes, most, settled):  # type: ignore[no-untyped-def]
-    waiting, results = iter(passes), []
+    waiting, results = iter(passes), list[Any]()
     ring: deque[tuple[Generator[Any, Any, Any], Any]] = deque()
     while True:
         while len(ring) < most and (following := next(waiting, None)) is not None:

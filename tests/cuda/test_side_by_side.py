@@ -48,6 +48,7 @@ def compiled(transport: Transport) -> jax.stages.Compiled:
 def schedule(program: jax.stages.Compiled) -> list[str]:
     """The collectives that move rows, and the experts' kernels, in the order in which they are started."""
     text = program.as_text()
+    assert text is not None
     assert "is_scheduled=true" in text.splitlines()[0]
     found = []
     for line in text[text.index("\nENTRY") :].splitlines():
