@@ -9,9 +9,9 @@ import pytest
 import ef_jax
 from ef_jax.errors import InputError
 
-IDS = np.arange(5, 30, dtype=np.int32)
-PROMPTS = [[5, 6, 7], [100, 9], list(range(40, 75)), [1], [8, 8, 8], [300, 301], [12], [13, 14, 15, 16]]
-SIZES: dict[str, Any] = {"context": 64, "chunk": 8, "progress": False}
+IDS = np.arange(5, 18, dtype=np.int32)
+PROMPTS = [[5, 6, 7], [100, 9], list(range(40, 51)), [1], [8, 8, 8], [300, 301], [12], [13, 14, 15, 16]]
+SIZES: dict[str, Any] = {"context": 32, "chunk": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")
