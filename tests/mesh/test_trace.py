@@ -13,7 +13,8 @@ from tests.mesh.loopback import run_processes
 from tests.weights.synthetic import CONFIGS, random_tensors, write_checkpoint
 
 # Some need several chunks, and two wait for a place: a device has two.
-PROMPTS = [list(range(first, first + length)) for first, length in zip(range(5, 205, 20), [3, 35, 1, 9, 18] * 2)]
+LENGTHS = [3, 35, 1, 9, 18] * 2
+PROMPTS = [list(range(20 * n, 20 * n + length)) for n, length in enumerate(LENGTHS, 1)]
 SIZES: dict[str, Any] = {"context": 64, "chunk": 16, "progress": False}
 
 
