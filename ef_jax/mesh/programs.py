@@ -252,10 +252,10 @@ class MeshPrograms(Programs):
             check_vma=False,  # what is the same along "tensor", or on all devices, is so by what is computed
         )
         whole = jax.tree.map(functools.partial(_of_all, layout), inputs)
-        with no_mesh_set():
-            hides = key[0] == "beside" and layout.devices[0].platform == "gpu"  # a ragged exchange is not, by default
+        hides = key[0] == "beside" and layout.devices[0].platform == "gpu"  # a ragged exchange is not, by default
         options: dict[str, str | bool] | None = {"xla_gpu_enable_latency_hiding_scheduler": True} if hides else None
-        return jax.jit(mapped, donate_argnums=donate).lower(*whole).compile(compiler_options=options)
+        with no_mesh_set():
+            return jax.jit(mapped, donate_argnums=donate).lower(*whole).compile(compiler_options=options)
 
     def _results(self, key: tuple[Any, ...]) -> Any:
         """Where the results of a program are, as prefixes of their trees."""
