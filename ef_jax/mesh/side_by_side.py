@@ -53,7 +53,7 @@ class SideBySide:
         self._programs, self._fleet = programs, fleet
         self._waiting: LastWave | None = None
 
-    def run(self, passes: Iterable[Generator[Any, Any, _Of]], most: int) -> list[_Of]:
+    def run(self, passes: Iterable[Generator[list[Any], None, _Of]], most: int) -> list[_Of]:
         """Run passes, in order, up to `most` of them at a time.
 
         Returns:
@@ -107,7 +107,7 @@ class SideBySide:
 
     def _settled(self, carried: Any) -> Any:
         """What a layer carries, with the outputs of its last wave."""
-        if carried is None or not isinstance(carried[-1], LastWave):
+        if not isinstance(carried[-1], LastWave):
             return carried
         if carried[-1] is self._waiting:
             self.finish()
@@ -122,14 +122,15 @@ def local_parts(array: jax.Array, devices: list[jax.Device]) -> list[jax.Array]:
 
 def _by_turns(passes, most, settled):  # type: ignore[no-untyped-def]
     waiting, results = iter(passes), list[Any]()
-    ring: deque[tuple[Generator[Any, Any, Any], Any]] = deque()
+    ring: deque[tuple[Generator[list[Any], None, Any], list[Any]]] = deque()
     while True:
         while len(ring) < most and (following := next(waiting, None)) is not None:
-            ring.append((following, None))
+            ring.append((following, []))
         if not ring:
             return results
-        steps, carried = ring.popleft()
+        steps, place = ring.popleft()
+        place[:] = [settled(carried) for carried in place]
         try:
-            ring.append((steps, steps.send(settled(carried))))
+            ring.append((steps, next(steps)))
         except StopIteration as end:
             results.append(end.value)

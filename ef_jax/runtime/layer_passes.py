@@ -99,7 +99,8 @@ class LayerPasses:
 
     def _layers(self, width, span, tokens, positions, index, serve):  # type: ignore[no-untyped-def]
         """Every layer of a pass; `serve(layer, carried)` sees to the experts of each MoE layer. What it gives is
-        yielded, and what is sent back goes into the next layer; see `through`. Returns what the last layer carries."""
+        yielded, in a list from which the next layer takes it: nobody else keeps its arrays. Returns what the last layer
+        carries."""
         rows, reaches, lookout = self._rows, self._reaches, self.lookout
         layers, finish = self._dense.layers, self._dense.finish
         before, *others = self._step_layers if width == 1 else self._prompt_layers
@@ -121,7 +122,9 @@ class LayerPasses:
         lookout.hear(ahead)
         for program, layer in zip(run[1:], others, strict=True):
             if before in self._moe_index:
-                carried = yield serve(self._moe_index[before], carried)
+                place = [serve(self._moe_index[before], carried)]
+                yield place
+                carried = place.pop()
                 self._served_at = time.perf_counter()
             carried, rows.caches[layer], ahead = program(
                 finish[before],
@@ -136,7 +139,9 @@ class LayerPasses:
             lookout.hear(ahead)
             before = layer
         if before in self._moe_index:
-            carried = yield serve(self._moe_index[before], carried)
+            place = [serve(self._moe_index[before], carried)]
+            yield place
+            carried = place.pop()
             self._served_at = time.perf_counter()
         return carried
 
@@ -149,12 +154,11 @@ class LayerPasses:
             self.timeline.span(track, name, began, time.perf_counter())
 
 
-def through(steps: Generator[Any, Any, _Of]) -> _Of:
-    """Run a pass to its end by itself: whatever it yields is sent back."""
-    sent = None
+def through(steps: Generator[Any, None, _Of]) -> _Of:
+    """Run a pass to its end, by itself."""
     while True:
         try:
-            sent = steps.send(sent)
+            next(steps)
         except StopIteration as end:
             result: _Of = end.value
             return result
