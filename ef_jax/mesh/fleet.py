@@ -196,24 +196,39 @@ class Fleet:
         for member in self.members:
             member.scheduler.forget()
 
-    def server_numbers(self, layer: int, rows: Sequence[Sequence[int]], parts: Sequence[int]) -> Int[np.ndarray, "n K"]:
-        """The numbers of the devices that serve the experts of a layer's sequences, which have these parts."""
-        experts = np.array(rows, np.int64).reshape(len(rows), -1)
-        numbers: np.ndarray = self._server[layer][np.array(parts, np.int64)[:, None], experts]
-        return numbers
+    def shares(
+        self, layer: int, rows: Sequence[Sequence[int]], parts: Sequence[int], numbers: Sequence[int]
+    ) -> list[list[list[int]]]:
+        """What devices serve of the experts of a layer's sequences, of which they may leave some out.
+
+        Args:
+          layer: MoE layer.
+          rows: the experts of each active sequence, perhaps not as many of each.
+          parts: which part of the devices has each.
+          numbers: of the devices.
+
+        Returns:
+          For each device the experts of each sequence that it serves any of, in the order of `rows`.
+        """
+        width = max(map(len, rows), default=0)
+        square = [row if len(row) == width else [*row, *[-1] * (width - len(row))] for row in rows]
+        experts = np.array(square, np.int64).reshape(len(rows), width)
+        server = self._server[layer][np.array(parts, np.int64)[:, None], experts]
+        shares = []
+        for number in numbers:
+            mine = ((server == number) & (experts >= 0)).tolist()
+            served = [
+                [expert for expert, its in zip(row, flags, strict=False) if its]
+                for row, flags in zip(rows, mine, strict=True)
+            ]
+            shares.append([row for row in served if row])
+        return shares
 
     def _shares(
         self, layer: int, rows: Sequence[Sequence[int]], parts: Sequence[int]
     ) -> Iterable[tuple[Member, list[list[int]]]]:
-        """What each member serves of the experts of a layer's sequences; of some, nothing."""
-        server = self.server_numbers(layer, rows, parts)
-        for member in self.members:
-            mine = server == member.number
-            served = [
-                [expert for expert, its in zip(row, flags, strict=True) if its]
-                for row, flags in zip(rows, mine.tolist(), strict=True)
-            ]
-            yield member, [row for row in served if row]
+        shares = self.shares(layer, rows, parts, [member.number for member in self.members])
+        return zip(self.members, shares, strict=True)
 
     def _own(
         self, member: Member, layer: int, ahead: UInt8[np.ndarray, "distances E"] | None

@@ -15,6 +15,7 @@ from ef_jax.placement import Placement
 from ef_jax.weights import open_checkpoint
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 3
+_ORDERS = st.lists(st.permutations(range(EXPERTS)), min_size=1, max_size=6)
 
 
 @st.composite
@@ -24,9 +25,9 @@ def _steps(draw: Any) -> tuple[tuple[int, int, int], np.ndarray, list[list[int]]
     holds = np.zeros((LAYERS, EXPERTS, expert * tensor), bool)
     for layer, expert_id in np.ndindex(LAYERS, EXPERTS):
         holds[layer, expert_id, draw(st.lists(st.integers(0, expert * tensor - 1), min_size=1, max_size=2))] = True
-    rows = draw(st.lists(st.permutations(range(EXPERTS)), min_size=1, max_size=6))
+    rows = [list(row[: draw(st.integers(0, TOP_K))]) for row in draw(_ORDERS)]  # some experts may be dropped
     parts = [draw(st.integers(0, data * expert - 1)) for _ in rows]
-    return (data, expert, tensor), holds, [list(row[:TOP_K]) for row in rows], parts
+    return (data, expert, tensor), holds, rows, parts
 
 
 @hypothesis.given(_steps())
@@ -36,16 +37,19 @@ def test_every_expert_of_every_sequence_is_served_once_in_its_group(step: Any) -
     placement = Placement.of(holds)
     fleet = Fleet(layout, placement, [], predicts=False)
     for layer in range(LAYERS):
-        server = fleet.server_numbers(layer, rows, parts)
         of_part = servers_of(layout, placement, layer)
-        for row, part, numbers in zip(rows, parts, server, strict=True):
-            for expert_id, number in zip(row, numbers.tolist(), strict=True):
-                assert number // layout.owners == part // layout.expert  # its own group
-                assert holds[layer, expert_id, layout.owner(number)]
-                assert layout.owner(number) == of_part[part % layout.expert, expert_id]
-                home = (part % layout.expert) * layout.tensor
-                if holds[layer, expert_id, home]:
-                    assert layout.owner(number) == home
+        shares = fleet.shares(layer, rows, parts, range(layout.count))
+        expected: list[list[list[int]]] = [[] for _ in range(layout.count)]
+        for row, part in zip(rows, parts, strict=True):
+            owners = [int(of_part[part % expert, one]) for one in row]
+            for one, owner in zip(row, owners, strict=True):
+                assert holds[layer, one, owner]
+                home = part % expert * tensor
+                assert owner == home or not holds[layer, one, home]
+            for owner in range(layout.owners):
+                if mine := [one for one, its in zip(row, owners, strict=True) if its == owner]:
+                    expected[part // expert * layout.owners + owner].append(mine)  # in its own group
+        assert shares == expected
 
 
 @hypothesis.given(st.data())
