@@ -18,15 +18,17 @@ def program_memory(compiled: jax.stages.Compiled) -> Any:
 
 
 def live_bytes(device: jax.Device) -> int:
-    """Bytes of the arrays in the device memory of `device`, each buffer once: arrays of several devices share theirs
-    with those of one that they were made of."""
+    """Bytes of the arrays in the device memory of `device`. Arrays of several devices may share their buffers with
+    those of one; each buffer is then counted once."""
+    on_device = [
+        array
+        for array in jax.live_arrays()
+        if array.sharding.memory_kind == "device" and device in array.sharding.device_set
+    ]
+    if all(len(array.sharding.device_set) == 1 for array in on_device):
+        return sum(array.nbytes for array in on_device)  # asking for buffers makes arrays of its own
     sizes: dict[object, int] = {}
-    for array in jax.live_arrays():
-        if array.sharding.memory_kind != "device" or device not in array.sharding.device_set:
-            continue
-        if len(array.sharding.device_set) == 1:
-            sizes[_buffer(array)] = array.nbytes
-            continue
+    for array in on_device:
         for shard in array.addressable_shards:
             if shard.device == device:
                 sizes[_buffer(shard.data)] = shard.data.nbytes
