@@ -26,7 +26,7 @@ def expected(one: Any) -> Any:
     return one.logits(IDS), one.generate(PROMPTS, max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=["expert=8", "data=2,expert=4"])
+@pytest.fixture(scope="module", params=["expert=8", "data=2,expert=2"])
 def lm(request: Any) -> Any:
     """A mesh whose devices have slots for half of the experts that they hold."""
     return ef_jax.load(mesh=request.param, expert_fraction=0.5, **SIZES)
