@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.make_synthetic import Synthetic, write_synthetic
 from ef_jax.errors import InputError
-from ef_jax.loading import _fill, bundled_model
+from ef_jax.loading import bundled_model
 from ef_jax.memory.plan import MemoryPlan, MemoryRequest
 from ef_jax.memory.policies import make_policy
 from ef_jax.memory.residency import Residency
@@ -21,6 +21,7 @@ from ef_jax.runtime.engine import Engine
 from ef_jax.runtime.language_model import LanguageModel
 from ef_jax.runtime.programs import Programs
 from ef_jax.schedule.device_link import DeviceLink
+from ef_jax.schedule.fill import fill
 
 _LETTERS = {"D": "hidden", "F": "width", "E": "experts", "K": "top_k", "L": "layers", "V": "vocab"}
 _LETTERS_A_TOKEN = 8
@@ -85,7 +86,7 @@ def over(lm: LanguageModel, plan: MemoryPlan, programs: Programs, policy: str, k
         policy=make_policy(policy, layers=layers, experts=spec.experts.count, cache_slots=plan.slots),
     )
     if plan.slots == spec.total_experts:
-        _fill(residency, link)
+        fill(residency, link, [range(spec.experts.count)] * len(spec.moe_layers))
     return LanguageModel(
         lm.path, spec, kind(spec, plan, programs, engine._dense, residency, link, engine.device), lm.tokenizer
     )
