@@ -174,7 +174,7 @@ class MeshEngine(SequenceEngine):
         self._exchanged.hear(layer, ids)
         self.fleet.note(layer, self._by_age(report.ids), self._by_age(self._parts))
 
-    def _read_choice(self, tokens: jax.Array, told: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _read_choice(self, tokens: Any, told: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(told[0]), np.asarray(told[1])
 
     def _whole(self, array: jax.Array) -> np.ndarray:

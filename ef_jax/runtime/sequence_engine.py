@@ -339,7 +339,7 @@ class SequenceEngine(LayerPasses):
         state.tokens[rows] = chosen = ids[places]
         return list(zip(chosen.tolist(), logprobs[places].tolist(), strict=True))
 
-    def _read_choice(self, tokens: jax.Array, told: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _read_choice(self, tokens: Any, told: Any) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probabilities `[B]` of what the head gave; waits for them."""
         return np.asarray(tokens)[:, 0], np.asarray(told)
 
