@@ -200,8 +200,8 @@ def load(
         device = device or (jax.devices()[0] if layout is None else layout.devices[layout.local[0]])
         request = make_request(
             spec, device, device_memory=device_memory, expert_fraction=expert_fraction, host_memory=host_memory,
-            batch=batch or (1 if layout is None else layout.row_shards), sequences=sequences, context=context,
-            chunk=chunk,
+            batch=(1 if layout is None else layout.row_shards) if batch is None else batch, sequences=sequences,
+            context=context, chunk=chunk,
         )  # fmt: skip
         checksums = check_checksums(disk_checksums)
         pages = request.host_memory is not None and request.host_memory < spec.total_experts * spec.block_bytes
